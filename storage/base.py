@@ -1,0 +1,168 @@
+"""What a tier is: a place that keeps pages by key, up to a number of bytes.
+
+A page's key is its namespace's digest followed by the chained hash of its tokens (`page_key`), so two
+pages with equal keys are interchangeable bytes, and a namespace is cleared by its prefix.
+
+Obligations shared by every tier:
+
+- It never returns bytes that it cannot prove. `get` reports HIT only when length and checksum hold.
+- It never keeps more than its capacity, not even for a moment.
+- It may forget any page at any time. It may not forget half of one.
+- It may be called from several threads at once, and takes no lock that is held across I/O
+  on a read.
+- It raises `TierError` when it cannot do what it was asked, and nothing else for what the world does
+  to it. `ValueError` and `TypeError` are the caller's mistakes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from ..kernels.pages import PageSegments
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+NAMESPACE_BYTES = 16
+PAGE_HASH_BYTES = 32
+KEY_BYTES = NAMESPACE_BYTES + PAGE_HASH_BYTES
+
+
+def page_key(namespace: bytes, page_hash: bytes) -> bytes:
+    """The key of a page.
+
+    Raises:
+        ValueError: a digest of the wrong length.
+    """
+    if len(namespace) != NAMESPACE_BYTES or len(page_hash) != PAGE_HASH_BYTES:
+        raise ValueError(
+            f"a key is {NAMESPACE_BYTES} bytes of namespace and {PAGE_HASH_BYTES} of page hash, "
+            f"not {len(namespace)} and {len(page_hash)}"
+        )
+    return namespace + page_hash
+
+
+class Lookup(Enum):
+    """What became of one page of a `get`."""
+
+    HIT = "hit"  # the caller's memory now holds the page
+    MISS = "miss"  # not here
+    CORRUPT = "corrupt"  # here, but not whole; the caller's memory is untouched
+
+
+class Stored(Enum):
+    """What became of one page of a `put`."""
+
+    STORED = "stored"  # it is here now
+    PRESENT = "present"  # it was here already; counts as a use
+    REFUSED = "refused"  # there was no room for it
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """What a tier holds now."""
+
+    name: str
+    pages: int
+    bytes: int  # what counts against the capacity
+    capacity: int
+    evicted: int = 0  # pages dropped for room since this object was made
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a walk over every record found."""
+
+    pages: int  # whole records
+    corrupt: list[bytes] = field(default_factory=list)  # keys whose record does not verify
+    problems: list[str] = field(default_factory=list)  # anything else, in words
+
+    @property
+    def ok(self) -> bool:
+        return not self.corrupt and not self.problems
+
+
+class Tier(ABC):
+    """Keeps pages. See the module's docstring for what every tier owes."""
+
+    name: str
+    capacity: int
+
+    @abstractmethod
+    def fits(self, page_bytes: int) -> bool:
+        """Whether pages of this size can be kept at all, once everything else is evicted."""
+
+    @abstractmethod
+    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which pages are here. Counts as no use of them.
+
+        A yes may turn out corrupt or be evicted before the `get`; a no is never said of a page that
+        `put` reported stored and nothing has removed since.
+        """
+
+    @abstractmethod
+    def get(self, keys: Sequence[bytes], into: PageSegments) -> list[Lookup]:
+        """Copy pages into the caller's memory, each one verified.
+
+        A page of another length than its destination is CORRUPT: one key names one length.
+        A corrupt page stays until `remove`, so that the caller decides.
+        """
+
+    @abstractmethod
+    def put(
+        self, keys: Sequence[bytes], pages: PageSegments, checksums: Sequence[int] | None = None
+    ) -> list[Stored]:
+        """Keep copies of pages.
+
+        Args:
+            checksums: of the pages as an upper tier computed them when they came from the engine. A
+                page whose bytes no longer match is REFUSED, so that damage in memory does not get a
+                fresh checksum. None: compute them here.
+
+        Pages of a batch come in the order of their chain. A tier that must choose keeps the earlier
+        ones, since a page without its ancestors is useless. After REFUSED nothing of that page is
+        here; the other pages of the batch are not affected.
+        """
+
+    @abstractmethod
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Forget pages; how many were here."""
+
+    @abstractmethod
+    def clear(self, namespace: bytes) -> int:
+        """Forget every page of one namespace and of no other; how many were here."""
+
+    @abstractmethod
+    def stats(self) -> TierStats: ...
+
+    @abstractmethod
+    def check(self, *, repair: bool = False) -> CheckReport:
+        """Read and verify every record. With `repair`, remove what is not whole."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything. Idempotent; every other call raises `TierError` (CLOSED) after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Pages borrowed in place from a tier, as whole records with their checksums.
+
+    The bytes stay where they are for as long as `records` is referred to, evicted or not.
+    """
+
+    keys: list[bytes]
+    records: list[Buffer]
+    checksums: list[int]
+
+
+class UpperTier(Tier):
+    """A tier that pages spill from: it can lend them to the tier below."""
+
+    @abstractmethod
+    def lease(self, keys: Sequence[bytes]) -> Lease:
+        """Borrow those of the pages that are here, in the given order. Counts as no use of them."""
