@@ -1,0 +1,273 @@
+"""The settings, as one frozen value, and the only reader of files and environment.
+
+Later sources win, key by key:
+
+1. defaults that work with no setting at all
+2. the file that ``LMCACHE_SGLANG_CONFIG`` names (YAML, JSON or TOML)
+3. what the engine passes: SGLang's ``--hicache-storage-backend-extra-config``, JSON or ``@file``
+
+For example::
+
+    path: /nvme/lmcache        # the store directory; default under $XDG_CACHE_HOME
+    cpu:  {size: 64GiB}        # memory on this node; 0 turns the tier off
+    disk: {size: 1TiB}         # file on this node; 0 turns the tier off
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError
+
+ENVIRONMENT = "LMCACHE_SGLANG_CONFIG"
+
+# Keys of the extra config that SGLang 0.5.23 reads itself, or adds.
+SGLANG_KEYS = frozenset(
+    {
+        "allocator",
+        "file_storage_path",
+        "hicache_storage_pass_prefix_keys",
+        "prefetch_threshold",
+        "prefetch_timeout_base",
+        "prefetch_timeout_per_ki_token",
+        "tp_lcm_size",
+    }
+)
+
+GIB = 1 << 30
+CPU_MOST = 8 * GIB  # of an automatic size
+DISK_MOST = 100 * GIB
+CPU_SHARE = 0.1  # of the memory this process may use
+DISK_SHARE = 0.25  # of what the file system has free beside the store
+
+
+def _not_a_number(value: object) -> object:
+    """Pydantic would take True for one byte."""
+    if isinstance(value, bool):
+        raise ValueError(  # noqa: TRY004 - pydantic turns only a ValueError into its own
+            'give a size such as "64GiB", 0 to turn the tier off, or "auto"'
+        )
+    return value
+
+
+Size = Annotated[Literal["auto"] | ByteSize, BeforeValidator(_not_a_number)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CpuConfig(_Section):
+    """The CPU tier."""
+
+    size: Size = Field(
+        default="auto",
+        description='Memory of this node for pages, for all ranks together: "64GiB", 0 for none, or '
+        '"auto": a tenth of the memory, at most 8 GiB.',
+    )
+
+    def bytes(self) -> int:
+        if self.size != "auto":
+            return int(self.size)
+        return min(CPU_MOST, int(CPU_SHARE * _memory_limit()))
+
+
+class DiskConfig(_Section):
+    """The disk tier."""
+
+    size: Size = Field(
+        default="auto",
+        description='Largest size of the store\'s file: "1TiB", 0 for none, or "auto": a quarter of '
+        "what is free, at most 100 GiB.",
+    )
+
+    def bytes(self, path: Path) -> int:
+        """The size in bytes.
+
+        Args:
+            path: the store directory, which need not exist yet.
+
+        Raises:
+            ConfigError: the file system cannot be asked what it has free.
+        """
+        if self.size != "auto":
+            return int(self.size)
+        try:
+            there = next(parent for parent in (path, *path.parents) if parent.exists())
+            own = sum(file.stat().st_blocks * 512 for file in path.glob("*") if file.is_file())
+            free = shutil.disk_usage(there).free
+        except OSError as error:
+            raise ConfigError("path", f"cannot look at {path}: {error.strerror}") from error
+        return min(DISK_MOST, int(DISK_SHARE * (free + own)))
+
+
+def _default_path() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "lmcache-sglang"
+
+
+class Config(_Section):
+    """Everything a store needs to know."""
+
+    path: Path = Field(default_factory=_default_path, description="The store directory.")
+    cpu: CpuConfig = CpuConfig()
+    disk: DiskConfig = DiskConfig()
+    peers: Path | None = Field(default=None, description="The peer-sharing file (a later version).")
+    direct: bool = Field(default=False, description="Restore without SGLang's host tier (later).")
+
+    @classmethod
+    def load(cls, extra: Mapping[str, Any] | None = None) -> Config:
+        """The settings in force.
+
+        Args:
+            extra: what the engine was given; SGLang's own keys in it are passed over.
+
+        Raises:
+            ConfigError: names the key as the user wrote it, and the nearest valid one if it is unknown.
+        """
+        file = os.environ.get(ENVIRONMENT, "")
+        from_file = read_file(Path(file), ENVIRONMENT) if file else {}
+        own = {key: value for key, value in (extra or {}).items() if key not in SGLANG_KEYS}
+        return cls.of(_merge(from_file, own))
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Config:
+        """Raises: ConfigError."""
+        try:
+            config = cls.model_validate(settings)
+        except ValidationError as error:
+            raise _explain(error) from error
+        config._require_usable()
+        return config
+
+    def _require_usable(self) -> None:
+        if self.cpu.size == 0 and self.disk.size == 0:
+            raise ConfigError(
+                "cpu.size", "it is 0 and so is disk.size: there is nowhere to keep pages"
+            )
+        if not self.path.expanduser().is_absolute():
+            raise ConfigError("path", f"{self.path} is relative; give an absolute path")
+        if self.peers is not None:
+            raise ConfigError(
+                "peers", "sharing with peers is not in this version; take the key out"
+            )
+        if self.direct:
+            raise ConfigError("direct", "the direct path is not in this version; take the key out")
+
+    @property
+    def directory(self) -> Path:
+        """`path` with ``~`` resolved."""
+        return self.path.expanduser()
+
+
+def parse_extra(text: str | None) -> dict[str, Any]:
+    """The value of ``--hicache-storage-backend-extra-config`` as SGLang reads it: JSON or ``@file``.
+
+    Raises:
+        ConfigError: it does not parse, or is not a mapping.
+    """
+    setting = "--hicache-storage-backend-extra-config"
+    if not text:
+        return {}
+    if text.startswith("@"):
+        return read_file(Path(text[1:]), setting)
+    try:
+        return _mapping(json.loads(text), setting)
+    except json.JSONDecodeError as error:
+        raise ConfigError(setting, f"not JSON: {error} (a file is given as @/path.yaml)") from error
+
+
+def read_file(path: Path, setting: str) -> dict[str, Any]:
+    """Read a YAML, JSON or TOML file.
+
+    Args:
+        setting: what named the file, for the message.
+
+    Raises:
+        ConfigError: it cannot be read or parsed, or is not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        match path.suffix.lower():
+            case ".json":
+                return _mapping(json.loads(text), f"{setting} ({path})")
+            case ".toml":
+                return tomllib.loads(text)
+            case ".yaml" | ".yml":
+                return _mapping(yaml.safe_load(text), f"{setting} ({path})")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(setting, f"cannot read {path}: {error}") from error
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(setting, f"{path} does not parse: {error}") from error
+    raise ConfigError(setting, f"{path} is no .yaml, .yml, .json or .toml file")
+
+
+def _mapping(value: object, setting: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(setting, f"a mapping of keys to values is wanted, not {value!r}")
+    return {str(key): item for key, item in value.items()}
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part not in ("literal['auto']", "ByteSize")]
+    key = ".".join(where)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(key, _unknown(key))
+    if where[-1] == "size":
+        return ConfigError(key, f'{first["input"]!r} is no size; give "64GiB", 0 or "auto"')
+    return ConfigError(key, f"{first['msg']} (given: {first['input']!r})")
+
+
+def _unknown(key: str) -> str:
+    valid = _keys(Config)
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
+    return f"there is no such key; {hint}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            keys += _keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _memory_limit() -> int:
+    """Bytes of memory this process may use: the machine's, or its container's if that is less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [
+        int(text)
+        for file in ("memory.max", "memory/memory.limit_in_bytes")
+        if (text := _cgroup(file)).isdigit()
+    ]
+    return min([machine, *limits])
+
+
+def _cgroup(file: str) -> str:
+    """ "" where there is no such control group file; "max" where there is no limit."""
+    path = Path("/sys/fs/cgroup") / file
+    return path.read_text().strip() if path.is_file() else ""
