@@ -1,0 +1,4 @@
+"""SGLang's side: the HiCache storage backend, and what makes two pages the same.
+
+Only backend.py imports SGLang, and only when SGLang asks for the backend.
+"""

@@ -1,0 +1,182 @@
+"""SGLang's storage backend over a chain of tiers.
+
+SGLang's contract (0.5.23, mem_cache/hicache_storage.py): one object a rank. `register_mem_pool_host`
+once, on the main thread, before anything else; then `batch_exists` and `batch_get_v1` on the prefetch
+threads and `batch_set_v1` on the backup thread, all at once; `close` on detach and on SIGTERM, but not
+on SIGINT or SIGKILL, so nothing here depends on it.
+
+No exception of a tier comes out of here: the chain has turned it into a miss.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolName
+
+from ..kernels.pages import PageSegments
+from ..storage.base import page_key
+from .identity import ModelIdentity, namespace
+from .pools import HostPool, Sharding, describe, logical_page_size, page_bytes, segments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo
+    from sglang.srt.observability.metrics_collector import StorageMetrics
+
+    from ..storage.chain import Chain
+
+logger = logging.getLogger(__name__)
+
+
+class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typed
+    """Stores the pages of one rank's KV pool.
+
+    Args:
+        sharding: SGLang's `HiCacheStorageConfig`.
+        model: what computed the pages.
+        chain: the open store; closed with this backend.
+        require_room: raises when a tier cannot keep a page of so many bytes.
+        metrics: makes SGLang's empty `StorageMetrics`, or None when SGLang does not collect them.
+    """
+
+    def __init__(
+        self,
+        sharding: Sharding,
+        model: ModelIdentity,
+        chain: Chain,
+        require_room: Callable[[Chain, int], None],
+        metrics: Callable[[], StorageMetrics] | None = None,
+    ) -> None:
+        self._sharding = sharding
+        self._model = model
+        self._chain = chain
+        self._require_room = require_room
+        self._pool: HostPool | None = None
+        self._namespace = b""
+        self._page_bytes = 0
+        self._new_metrics = metrics
+        self._metrics = metrics() if metrics else None
+        self._metrics_lock = Lock()
+
+    def register_mem_pool_host(self, mem_pool_host: HostPool) -> None:
+        """Take the KV pool; raises when its pages cannot be kept."""
+        super().register_mem_pool_host(mem_pool_host)
+        first_page = torch.arange(logical_page_size(mem_pool_host), dtype=torch.int64)
+        self._page_bytes = page_bytes(mem_pool_host, first_page)
+        self._require_room(self._chain, self._page_bytes)
+        page = describe(mem_pool_host, PoolName.KV.value, self._sharding, self._page_bytes)
+        self._namespace = namespace(self._model, page)
+        self._pool = mem_pool_host
+        logger.info(
+            "lmcache: pages of %d tokens and %d bytes, namespace %s (%s)",
+            page.page_size,
+            page.page_bytes,
+            self._namespace.hex(),
+            page,
+        )
+
+    def register_mem_host_pool_v2(self, host_pool: HostPool, host_pool_name: PoolName) -> None:
+        """Take a pool of a model with several; only the KV pool is stored in this version."""
+        if host_pool is self._pool:
+            return
+        raise NotImplementedError(
+            f"lmcache: this model also keeps its state in the pool {str(host_pool_name)!r} "
+            f"({type(host_pool).__name__}); this version stores plain KV pools only. Serve it without "
+            "--hicache-storage-backend lmcache"
+        )
+
+    def batch_exists(
+        self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> int:
+        """How many of the first pages are stored, without a gap."""
+        return self._chain.prefix(self._keys(keys))
+
+    def exists(self, key: str) -> bool:
+        return self.batch_exists([key]) == 1
+
+    def batch_get_v1(
+        self,
+        keys: list[str],
+        host_indices: torch.Tensor,
+        extra_info: HiCacheStorageExtraInfo | None = None,
+    ) -> list[bool]:
+        """Copy pages into the host pool; which of them it now holds, verified."""
+        started = time.perf_counter()
+        held = self._chain.get(self._keys(keys), self._segments(host_indices))
+        self._measure(read=True, pages=sum(held), started=started)
+        return held
+
+    def batch_set_v1(
+        self,
+        keys: list[str],
+        host_indices: torch.Tensor,
+        extra_info: HiCacheStorageExtraInfo | None = None,
+    ) -> list[bool]:
+        """Store pages of the host pool; which of them are stored now."""
+        started = time.perf_counter()
+        kept = self._chain.put(self._keys(keys), self._segments(host_indices))
+        self._measure(read=False, pages=sum(kept), started=started)
+        return kept
+
+    def clear(self) -> None:
+        """Forget the pages of this model, layout and shard, in every tier; nobody else's."""
+        removed = self._chain.clear(self._namespace)
+        logger.info("lmcache: cleared %d pages of namespace %s", removed, self._namespace.hex())
+
+    def get_stats(self) -> StorageMetrics | None:
+        """What SGLang's metrics have not seen yet; None when SGLang does not collect any."""
+        if self._new_metrics is None:
+            return None
+        with self._metrics_lock:
+            seen, self._metrics = self._metrics, self._new_metrics()
+        return seen
+
+    def close(self) -> None:
+        """Write what is still on its way to the disk and let go of the store. Idempotent."""
+        self._chain.close()
+
+    def get(self, *_: Any, **__: Any) -> NoReturn:
+        """Not called: the plug-in selects SGLang's zero-copy calls for this backend."""
+        raise NotImplementedError("lmcache: use batch_get_v1")
+
+    def batch_get(self, *_: Any, **__: Any) -> NoReturn:
+        """Not called, as `get`."""
+        raise NotImplementedError("lmcache: use batch_get_v1")
+
+    def set(self, *_: Any, **__: Any) -> NoReturn:
+        """Not called, as `get`."""
+        raise NotImplementedError("lmcache: use batch_set_v1")
+
+    def batch_set(self, *_: Any, **__: Any) -> NoReturn:
+        """Not called, as `get`."""
+        raise NotImplementedError("lmcache: use batch_set_v1")
+
+    def _keys(self, page_hashes: Sequence[str]) -> list[bytes]:
+        return [page_key(self._namespace, bytes.fromhex(text)) for text in page_hashes]
+
+    def _segments(self, host_indices: torch.Tensor) -> PageSegments:
+        assert self._pool is not None, "SGLang registers the pool before it stores pages"
+        return segments(self._pool, host_indices)
+
+    def _measure(self, *, read: bool, pages: int, started: float) -> None:
+        """SGLang's metrics: pages of a batch, and GB/s of it."""
+        if pages == 0:
+            return
+        rate = pages * self._page_bytes / 1e9 / max(time.perf_counter() - started, 1e-9)
+        with self._metrics_lock:
+            if (metrics := self._metrics) is None:
+                return
+            counts = metrics.prefetch_pgs if read else metrics.backup_pgs
+            rates = metrics.prefetch_bandwidth if read else metrics.backup_bandwidth
+            counts.append(pages)
+            rates.append(rate)
+
+
+# SGLang reports type(backend).__name__ as the storage backend of a request's cached tokens.
+LMCacheBackend.__name__ = "lmcache"

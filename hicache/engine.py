@@ -1,0 +1,72 @@
+"""What the running SGLang says of its model, in the scheduler's process."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from .identity import ModelIdentity, fingerprint
+
+logger = logging.getLogger(__name__)
+
+# Settings that change what a model computes, beside its files.
+_SETTINGS = (
+    "dtype",
+    "quantization",
+    "quantization_param_path",
+    "json_model_override_args",
+)
+
+
+def model_identity(served_name: str | None) -> ModelIdentity:
+    """The identity of the model this process serves.
+
+    Args:
+        served_name: as SGLang gives it to storage backends; it carries the host pool's format tag.
+    """
+    from sglang.srt.runtime_context import get_model
+
+    model = get_model()
+    settings = {name: str(getattr(model, name)) for name in _SETTINGS}
+    return ModelIdentity(
+        name=served_name or str(model.model_path),
+        fingerprint=_fingerprint(str(model.model_path), model.revision),
+        kv_dtype=str(model.kv_cache_dtype),
+        settings=settings,
+    )
+
+
+def ranks_on_this_node() -> int:
+    """Engine processes that share this node's memory."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return max(1, int(parallel.launch_world_size) // int(parallel.nnodes))
+
+
+def _fingerprint(model_path: str, revision: str | None) -> str:
+    try:
+        return fingerprint(_local(model_path, revision))
+    except OSError as error:
+        # Still safe against another path or revision, not against other weights under the same ones.
+        logger.warning(
+            "lmcache: the weights of %s cannot be looked at (%s); pages are told apart by its name "
+            "and revision only: after changing the weights in place, clear the store",
+            model_path,
+            error,
+        )
+        return f"unread:{model_path}@{revision}"
+
+
+def _local(model_path: str, revision: str | None) -> Path:
+    """Where the model's files are. Raises OSError when they are not on this machine."""
+    path = Path(model_path)
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_path, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise OSError(str(error)) from error

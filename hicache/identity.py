@@ -1,0 +1,143 @@
+"""What makes two pages interchangeable: the namespace, and the fingerprint of a model's weights.
+
+A page's key is the namespace's digest followed by SGLang's own page hash: SHA-256 over the token ids
+from the start of the request, seeded with the LoRA id and the cache salt. The namespace holds everything
+else that must match for the bytes to mean the same. It never holds who wrote them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from ..storage.base import NAMESPACE_BYTES
+
+VERSION = 1  # of the meaning of these fields; a change of meaning is a new version
+
+_SAMPLE = 256  # bytes looked at in each place of a weight file
+_SAMPLES = 64  # places in a file that has no tensor table
+_HEADER_MOST = 256 << 20  # a longer safetensors header is none
+_CONFIG_FILES = ("config.json", "hf_quant_config.json", "quantize_config.json")
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
+
+
+class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """Which model computed a page, with what."""
+
+    name: str  # as served
+    fingerprint: str  # of its weights and configuration, see `fingerprint`
+    kv_dtype: str  # logical: fp8 kinds differ although their bytes look alike
+    settings: dict[str, str]  # of the engine, that change what is computed
+
+
+class PageIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """Which part of a token's KV a page holds, and in what order its bytes lie."""
+
+    pool: str
+    page_size: int  # tokens
+    page_bytes: int
+    dtype: str  # of the stored elements
+    layers: tuple[int, int]  # first, and one past the last
+    stored_layers: int  # with packed draft layers
+    heads: tuple[
+        int, int
+    ]  # KV heads of the model, first and one past the last; (0, 0): all on each rank
+    total_heads: int  # 0: all on each rank
+    head_dims: tuple[int, int]  # of K and V
+    layout: str  # order of the bytes
+    slices: dict[str, int]  # context-parallel coordinates, where a page is cut along its tokens
+
+
+def namespace(model: ModelIdentity, page: PageIdentity) -> bytes:
+    """The digest that starts the key of every page of this kind. The same in every process."""
+    text = msgspec.json.encode({"version": VERSION, "model": model, "page": page}, order="sorted")
+    return hashlib.sha256(text).digest()[:NAMESPACE_BYTES]
+
+
+def fingerprint(model: Path) -> str:
+    """A digest of a model's configuration and weights, from a small part of their bytes.
+
+    For each weight file: its size, and for safetensors the tensor table and `_SAMPLE` bytes from the
+    start, the middle and the end of each tensor; for any other format `_SAMPLES` places spread evenly.
+    File names and times do not enter, so a copy of a model elsewhere is the same model.
+
+    Args:
+        model: the directory of a model, or a single weight file.
+
+    Raises:
+        OSError: it cannot be read.
+        FileNotFoundError: it holds no weight file.
+    """
+    digest = hashlib.sha256()
+    for file in _config_files(model):
+        _add(digest, file.name.encode())
+        _add(digest, file.read_bytes())
+    weights = _weight_files(model)
+    if not weights:
+        raise FileNotFoundError(f"no weight files in {model}")
+    for part in sorted(_file_digest(file) for file in weights):
+        _add(digest, part)
+    return digest.hexdigest()
+
+
+def _config_files(model: Path) -> list[Path]:
+    if model.is_file():
+        return []
+    return [file for name in _CONFIG_FILES if (file := model / name).is_file()]
+
+
+def _weight_files(model: Path) -> list[Path]:
+    if model.is_file():
+        return [model]
+    return [file for pattern in _WEIGHT_FILES for file in model.glob(pattern)]
+
+
+def _file_digest(file: Path) -> bytes:
+    size = file.stat().st_size
+    digest = hashlib.sha256(struct.pack("<Q", size))
+    with file.open("rb") as weights:
+        for place in _places(weights.read(8), file, size):
+            weights.seek(place)
+            _add(digest, weights.read(_SAMPLE))
+    return digest.digest()
+
+
+def _places(head: bytes, file: Path, size: int) -> Iterator[int]:
+    """Offsets to sample, in the order of the file."""
+    tensors = list(_tensors(head, file)) if file.suffix == ".safetensors" else []
+    if not tensors:
+        yield from range(0, size, max(1, size // _SAMPLES))
+        yield max(0, size - _SAMPLE)
+        return
+    yield from range(0, tensors[0][0], _SAMPLE)  # the whole table
+    for start, end in tensors:
+        yield from sorted({start, (start + end) // 2, max(start, end - _SAMPLE)})
+
+
+def _tensors(head: bytes, file: Path) -> Iterable[tuple[int, int]]:
+    """Where each tensor lies in a safetensors file; none when the file is not one.
+
+    Format: an 8-byte little-endian length, that many bytes of JSON with `data_offsets` relative to the
+    end of it, the data (https://github.com/huggingface/safetensors, "Format").
+    """
+    length = int.from_bytes(head, "little")
+    if not 0 < length <= _HEADER_MOST:
+        return []
+    with file.open("rb") as weights:
+        weights.seek(8)
+        try:
+            table = json.loads(weights.read(length))
+        except ValueError:
+            return []
+    spans = [entry["data_offsets"] for name, entry in table.items() if name != "__metadata__"]
+    return sorted((8 + length + start, 8 + length + end) for start, end in spans)
+
+
+def _add(digest: hashlib._Hash, data: bytes) -> None:
+    digest.update(struct.pack("<Q", len(data)))
+    digest.update(data)

@@ -1,0 +1,194 @@
+"""The flag: ``--hicache-storage-backend lmcache`` on an unmodified SGLang.
+
+SGLang calls `activate` in each of its processes before it parses arguments (entry-point group
+``sglang.srt.plugins``). It registers hooks; without the flag each of them hands through.
+
+    seam in SGLang                                  what is hooked on
+    ServerArgs.add_cli_args                         the flag's choices
+    ServerArgs.resolve_once                         settings are checked, HiCache is turned on
+    hicache_hook.resolve_storage_layout_…           layer_first becomes page_first, as for Mooncake
+    StorageBackendFactory._create_builtin_backend   makes the backend, under its own name
+    HiCacheController.attach_storage_backend        selects the zero-copy calls
+
+The name stays `lmcache` everywhere, in SGLang's logs and metrics too. (The other way, rewriting the flag
+to `dynamic`, loses it, and does not reach the admin route that attaches a backend at run time.)
+"""
+
+from __future__ import annotations
+
+import logging
+import pkgutil
+from argparse import ArgumentParser
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from .config import Config, parse_extra
+from .errors import UnsupportedEngineError
+
+logger = logging.getLogger(__name__)
+
+NAME = "lmcache"
+FLAG = "--hicache-storage-backend"
+TESTED = ("0.5.23",)
+
+_SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+_ADD_CLI_ARGS = f"{_SERVER_ARGS}.add_cli_args"
+_RESOLVE = f"{_SERVER_ARGS}.resolve_once"
+_LAYOUT = "sglang.srt.arg_groups.hicache_hook.resolve_storage_layout_compatibility"
+_FACTORY = "sglang.srt.mem_cache.storage.backend_factory.StorageBackendFactory"
+_CREATE = f"{_FACTORY}._create_builtin_backend"
+_CONTROLLER = "sglang.srt.managers.cache_controller.HiCacheController"
+_ATTACH = f"{_CONTROLLER}.attach_storage_backend"
+
+# Everything that must be there for the flag to work: what is hooked, and what the hooks use.
+SEAMS = (
+    _ADD_CLI_ARGS,
+    _RESOLVE,
+    _LAYOUT,
+    _CREATE,
+    f"{_FACTORY}.register_backend",
+    _ATTACH,
+    f"{_CONTROLLER}._page_get_zero_copy",
+    f"{_CONTROLLER}._page_set_zero_copy",
+    "sglang.srt.arg_groups.overrides.declare_resolution",
+    "sglang.srt.mem_cache.hicache_storage.HiCacheStorage",
+    "sglang.srt.runtime_context.get_model",
+)
+
+
+def activate() -> None:
+    """The entry point. Registers the hooks; changes nothing for who does not use the flag."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    missing = missing_seams()
+    if missing:
+        _refuse_the_flag(missing)
+        return
+    from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
+
+    StorageBackendFactory.register_backend(NAME, "lmcache_sglang.hicache.backend", "LMCacheBackend")
+    HookRegistry.register(_ADD_CLI_ARGS, _add_choice, HookType.AFTER)
+    HookRegistry.register(_RESOLVE, _prepare, HookType.BEFORE)
+    HookRegistry.register(_LAYOUT, _prefer_page_first, HookType.AFTER)
+    HookRegistry.register(_CREATE, _create, HookType.AROUND)
+    HookRegistry.register(_ATTACH, _select_zero_copy, HookType.AFTER)
+
+
+def missing_seams() -> list[str]:
+    """Those of `SEAMS` that the installed SGLang does not have."""
+    return [seam for seam in SEAMS if not _resolves(seam)]
+
+
+def _resolves(seam: str) -> bool:
+    try:
+        pkgutil.resolve_name(seam)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def _refuse_the_flag(missing: list[str]) -> None:
+    """Leave the engine alone, unless the flag is used: then it must not start."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def refuse(server_args: Any) -> None:
+        if server_args.hicache_storage_backend == NAME:
+            raise UnsupportedEngineError(unsupported(missing))
+
+    for seam, hook, kind in (
+        (_ADD_CLI_ARGS, _add_choice, HookType.AFTER),
+        (_RESOLVE, refuse, HookType.BEFORE),
+    ):
+        if seam not in missing:
+            HookRegistry.register(seam, hook, kind)
+    if {_ADD_CLI_ARGS, _RESOLVE} & set(missing):  # then nothing later can say it
+        logger.error("%s", unsupported(missing))
+
+
+def unsupported(missing: list[str]) -> str:
+    """The message for an SGLang that the flag cannot work on."""
+    return (
+        f"{FLAG} {NAME} does not work on SGLang {version('sglang')}: it has no {', '.join(missing)}. "
+        f"lmcache-sglang {version('lmcache-sglang')} is tested on SGLang {', '.join(TESTED)}; install "
+        "one of these, or a newer lmcache-sglang"
+    )
+
+
+def _add_choice(_: None, parser: ArgumentParser) -> None:
+    for action in parser._actions:
+        if FLAG in action.option_strings and action.choices and NAME not in action.choices:
+            action.choices = [*action.choices, NAME]
+
+
+def _prepare(server_args: Any) -> None:
+    """Check the settings before any process is started, and turn on what the flag needs."""
+    if server_args.hicache_storage_backend != NAME:
+        return
+    Config.load(parse_extra(server_args.hicache_storage_backend_extra_config))
+    running = version("sglang")
+    if running not in TESTED:
+        logger.warning(
+            "lmcache-sglang is tested on SGLang %s; this is %s. Everything it builds on is there, so it "
+            "goes on; compare its answers with those of a run without %s before you rely on it",
+            ", ".join(TESTED),
+            running,
+            FLAG,
+        )
+    if not server_args.enable_hierarchical_cache and server_args.disaggregation_mode != "decode":
+        logger.info("%s %s turns on --enable-hierarchical-cache", FLAG, NAME)
+        server_args.enable_hierarchical_cache = True
+
+
+def _prefer_page_first(_: None, server_args: Any) -> None:
+    """In a layer_first host pool a page lies in two runs a layer; page_first needs two in all."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    cfg = resolving_view(server_args)
+    if cfg.hicache_storage_backend != NAME or cfg.hicache_mem_layout != "layer_first":
+        return
+    layout = {"direct": "page_first_direct", "kernel": "page_first"}.get(cfg.hicache_io_backend)
+    if layout is not None:
+        declare_resolution(server_args, "lmcache", hicache_mem_layout=layout)
+        logger.warning("%s %s: host layout layer_first becomes %s", FLAG, NAME, layout)
+
+
+def _create(
+    original: Callable[..., Any],
+    factory: type,
+    backend_name: str,
+    backend_class: type,
+    storage_config: Any,
+    mem_pool_host: Any,
+) -> Any:
+    if backend_name != NAME:
+        return original(factory, backend_name, backend_class, storage_config, mem_pool_host)
+    return create_backend(storage_config)
+
+
+def create_backend(storage_config: Any) -> Any:
+    """The backend of one rank. Raises: ConfigError, and then SGLang does not start or attach."""
+    from sglang.srt.observability.metrics_collector import StorageMetrics
+
+    from .hicache.backend import LMCacheBackend
+    from .hicache.engine import model_identity, ranks_on_this_node
+    from .store import open_chain, require_room
+
+    chain = open_chain(Config.load(storage_config.extra_config), sharers=ranks_on_this_node())
+    return LMCacheBackend(
+        storage_config,
+        model_identity(storage_config.model_name),
+        chain,
+        require_room,
+        StorageMetrics if storage_config.enable_storage_metrics else None,
+    )
+
+
+def _select_zero_copy(_: None, controller: Any, *__: Any, **___: Any) -> None:
+    """SGLang names the backends that get its zero-copy calls; the flag's is not in that list.
+
+    The storage threads, already started, read these attributes anew for each operation.
+    """
+    if controller.storage_backend_type == NAME:
+        controller.page_get_func = controller._page_get_zero_copy
+        controller.page_set_func = controller._page_set_zero_copy
