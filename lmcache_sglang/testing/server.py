@@ -1,0 +1,265 @@
+"""A real SGLang HTTP server in a process group of its own, started, asked and stopped by a test.
+
+    with SGLangServer(model, args=["--device", "cpu"], log_path=folder / "server.log") as server:
+        answer = server.generate("the quick brown", 8)
+
+The server's output goes to the log and nowhere else. Whatever happens in the block, nothing of the
+group outlives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+Entry = Literal["launch_server", "serve"]
+
+POLL_SECONDS = 0.1
+TAIL_LINES = 40
+
+
+class ServerFailed(RuntimeError):
+    """The server died, or was not ready in time; the message ends with its last log lines."""
+
+
+class ServerRefused(RuntimeError):
+    """The server answered with an HTTP error; the message carries its body."""
+
+    def __init__(self, method: str, path: str, status: int, body: str) -> None:
+        super().__init__(f"{method} {path}: HTTP {status}: {body}")
+        self.status = status
+        self.body = body
+
+
+class SGLangServer:
+    """One server, and one life: make another object to start again.
+
+    `env` is laid over the caller's environment. `python` names the interpreter whose SGLang runs.
+    The log is begun afresh by `start`. `api_key` is sent as a bearer token with every request.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        log_path: Path,
+        python: str = sys.executable,
+        entry: Entry = "launch_server",
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        self.host = host
+        self.port = port or free_port(host)
+        self.log_path = log_path
+        self._env = dict(env or {})
+        self._api_key = api_key
+        where = ["--model-path", str(model_path), "--host", host, "--port", str(self.port)]
+        self._command = [*_command(entry, python), *where, *args]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Of the server's first process, which is also the id of its process group."""
+        if self._process is None:
+            raise ServerFailed("the server was not started")
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """All that the server has written so far."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def start(self, timeout: float = 180.0, on_wait: Callable[[float], None] | None = None) -> None:
+        """Return once /health answers; raise `ServerFailed`, with nothing left running, otherwise.
+
+        `on_wait` is called at each poll with the seconds waited so far.
+        """
+        if self._process is not None:
+            raise ServerFailed("the server was started before")
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=os.environ | self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._await_health(self._process, timeout, on_wait)
+        except BaseException:  # also an interrupt: a server nobody waits for must not stay
+            self.kill()
+            raise
+
+    def stop(self, timeout: float = 60.0) -> None:
+        """Ask the server to end and return when its whole group is gone; kill what stays too long.
+
+        Only the first process is asked: SGLang ends its own children in order, and that order is
+        what a store sees as a clean shutdown.
+        """
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        if not self._await_end(timeout):
+            self.kill()
+
+    def kill(self) -> None:
+        """End the whole group at once, as a crash would, and return when it is gone."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):  # the group is gone already
+            os.killpg(self.pid, signal.SIGKILL)
+        if not self._await_end(timeout=30.0):
+            raise ServerFailed(f"process group {self.pid} survives SIGKILL")
+
+    def get(self, path: str) -> Any:
+        return self._ask("GET", path)
+
+    def post(self, path: str, body: object = None) -> Any:
+        return self._ask("POST", path, body)
+
+    def put(self, path: str, body: object = None) -> Any:
+        return self._ask("PUT", path, body)
+
+    def delete(self, path: str) -> Any:
+        return self._ask("DELETE", path)
+
+    def generate(
+        self, prompt: str | Sequence[int], max_new_tokens: int, **sampling: Any
+    ) -> dict[str, Any]:
+        """The answer to text, or to token ids, at temperature 0 unless `sampling` says otherwise."""
+        key, value = ("text", prompt) if isinstance(prompt, str) else ("input_ids", list(prompt))
+        params = {"temperature": 0, "max_new_tokens": max_new_tokens} | sampling
+        answer: dict[str, Any] = self.post("/generate", {key: value, "sampling_params": params})
+        return answer
+
+    def _ask(self, method: str, path: str, body: object = None, timeout: float = 300.0) -> Any:
+        """The answer, parsed where it is JSON; an HTTP error becomes `ServerRefused`."""
+        request = urllib.request.Request(self.url + path, method=method)
+        if self._api_key is not None:
+            request.add_header("Authorization", f"Bearer {self._api_key}")
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
+        try:
+            with _OPENER.open(request, timeout=timeout) as answer:
+                return _parsed(answer.read().decode(), answer.headers.get_content_type())
+        except urllib.error.HTTPError as error:
+            with error:
+                text = error.read().decode(errors="replace")
+            raise ServerRefused(method, path, error.code, text) from error
+
+    def _await_health(
+        self,
+        process: subprocess.Popen[bytes],
+        timeout: float,
+        on_wait: Callable[[float], None] | None,
+    ) -> None:
+        begun = time.monotonic()
+        while not self._healthy():
+            waited = time.monotonic() - begun
+            if process.poll() is not None:
+                raise self._failure(f"the server ended with status {process.returncode}")
+            if waited > timeout:
+                raise self._failure(f"the server was not ready after {timeout:.0f} s")
+            if on_wait is not None:
+                on_wait(waited)
+            time.sleep(POLL_SECONDS)
+
+    def _healthy(self) -> bool:
+        try:
+            self._ask("GET", "/health", timeout=5.0)
+        except (OSError, ServerRefused):  # not listening yet, or listening and still loading
+            return False
+        return True
+
+    def _await_end(self, timeout: float) -> bool:
+        """Whether the group is gone within `timeout`."""
+        assert self._process is not None
+        deadline = time.monotonic() + timeout
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        while _group_lives(self.pid):  # grandchildren: not ours to wait for, only to watch
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS / 10)
+        return True
+
+    def _failure(self, what: str) -> ServerFailed:
+        tail = "\n".join(self.log.splitlines()[-TAIL_LINES:])
+        return ServerFailed(f"{what}; {self.log_path} ends:\n{tail}")
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port nobody listens on now; another process may still take it before the caller does."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# Without the proxies of the environment: the server is on this machine.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _command(entry: Entry, python: str) -> list[str]:
+    if entry == "launch_server":
+        return [python, "-m", "sglang.launch_server"]
+    return [str(Path(python).with_name("sglang")), "serve"]
+
+
+def _parsed(text: str, content_type: str) -> Any:
+    return json.loads(text) if content_type == "application/json" and text else text
+
+
+def _group_lives(group: int) -> bool:
+    """Whether a process of the group still runs; one that only waits to be reaped does not.
+
+    Orphans are for process 1 to reap, and in a container that may take long or never happen.
+    """
+    return any(state != "Z" for state in _states(group))
+
+
+def _states(group: int) -> Iterator[str]:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it ended between the two looks
+            continue
+        state, _, process_group = text.rpartition(")")[2].split()[:3]
+        if int(process_group) == group:
+            yield state

@@ -1,0 +1,23 @@
+"""The real SGLang on a machine without a GPU: what stock SGLang 0.5.23 lacks there, and no more.
+
+    python -m lmcache_sglang.testing.sglang_cpu install     # once, in a virtual environment
+    SGLANG_USE_CPU_ENGINE=1 python -m sglang.launch_server --device cpu --model-path ...
+
+`make_venv.sh` beside this file makes such an environment from nothing. SGLANG_USE_CPU_ENGINE is
+SGLang's own variable; where it is not 1, nothing here is imported and nothing is changed.
+
+    what SGLang misses                  what stands in
+    torchvision, sgl_kernel             `finder`: importable, not callable; for every process of the
+                                        environment, through one .pth line written by `install`
+    the copies of sgl_kernel.kvcacheio  `transfer`: the same in torch
+    pinned host memory                  `plugin`: plain memory
+    memory for two pools in one machine `plugin`: a small device pool unless a size is given, and a
+                                        reserve of one gigabyte instead of ten
+    one NUMA node a rank                `plugin`: ranks share the cores
+
+The scheduler, the radix tree, HiCache with its threads and storage backends, the model's forward
+pass and the HTTP server are SGLang's. What runs here therefore says nothing of pinned memory, of
+CUDA streams (every copy is finished when its call returns, so no race between streams can show) or
+of GPU kernels. MLA models do not run (SGLang's attention on CPU fails on them), nor does anything on
+ARM (distributed/bootstrap.py:285 calls sgl_kernel there).
+"""

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Makes a virtual environment with the real SGLang for CPU and this checkout in it:
+#
+#     lmcache_sglang/testing/sglang_cpu/make_venv.sh .venv-sglang
+#
+# Needs python 3.11 or newer (PYTHON names another one), a C++ compiler, and network or a pip set up
+# to do without. Run it again after a change of the packages or of the C++ code; when neither has
+# changed it returns at once. pip's output is in DIR/make_venv.log.
+set -euo pipefail
+
+[ $# -eq 1 ] || { echo "usage: $0 DIR" >&2; exit 2; }
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../../.." && pwd)
+mkdir -p "$1"
+venv=$(cd "$1" && pwd)
+log=$venv/make_venv.log
+stamp=$venv/make_venv.sha256
+
+step() {
+    echo "[$1/5] $2"
+}
+
+quietly() {
+    if ! "$@" >>"$log" 2>&1; then
+        # pip reports each package source that it skips; the reason of a failure is elsewhere.
+        grep -v "is ignored" "$log" | tail -n 30 >&2 || true
+        echo "failed: $*; all of it is in $log" >&2
+        exit 1
+    fi
+}
+
+install() {
+    quietly "$venv/bin/python" -m pip --disable-pip-version-check install "$@"
+}
+
+checksum() {
+    cd "$root"
+    {
+        cat "$here/make_venv.sh" "$here/requirements.txt" pyproject.toml CMakeLists.txt
+        find kernels/csrc -type f -print0 | sort -z | xargs -0r cat
+    } | sha256sum
+}
+
+sum=$(checksum)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum" ]; then
+    echo "$venv is up to date"
+    exit 0
+fi
+rm -f "$stamp"
+: >"$log"
+
+step 1 "virtual environment $venv"
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "$python is older than 3.11; set PYTHON" >&2
+    exit 1
+}
+[ -x "$venv/bin/python" ] || quietly "$python" -m venv "$venv"
+
+step 2 "SGLang 0.5.23 for CPU (about 2.7 GB, 90 s)"
+install -r "$here/requirements.txt"
+install --no-deps sglang==0.5.23
+
+step 3 "this checkout, editable, and what its tests need (about 30 s)"
+tools=(scikit-build-core nanobind)
+command -v cmake >/dev/null || tools+=(cmake)
+install "${tools[@]}" "pytest>=8" "hypothesis>=6.100"
+# A build folder of its own: several environments may share the checkout.
+PATH=$venv/bin:$PATH install --no-build-isolation -C build-dir="$venv/build" -e "$root"
+
+step 4 "stand-ins for what SGLang lacks on CPU"
+(cd "$venv" && bin/python -m lmcache_sglang.testing.sglang_cpu install)
+
+step 5 "import of SGLang's engine"
+SGLANG_USE_CPU_ENGINE=1 quietly "$venv/bin/python" -c "import sglang.srt.entrypoints.engine"
+
+echo "$sum" >"$stamp"
+echo "done: $venv"
