@@ -1,0 +1,120 @@
+"""A real SGLang with this package's store, as the engine tests start and ask it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..storage.disk.tier import DiskTier
+from .server import Entry, SGLangServer
+
+PAGE_SIZE = 16
+ADMIN_KEY = "an admin's key"
+WAIT_SECONDS = 60.0
+
+CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
+CPU_ARGS = ("--device", "cpu", "--dtype", "float32")  # bf16 may flip a token with the batch
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for one prompt, and where its prefix came from (in tokens)."""
+
+    tokens: list[int]
+    device: int
+    host: int
+    storage: int
+    backend: str | None  # as SGLang names the storage
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How an engine is started: everything but the model."""
+
+    store: Path
+    cpu: str = "64MiB"
+    disk: str = "256MiB"
+    flag: bool = True  # with --hicache-storage-backend lmcache from the start
+    args: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    entry: Entry = "launch_server"
+    page_size: int = PAGE_SIZE
+
+    @property
+    def extra_config(self) -> str:
+        sizes = {"cpu": {"size": self.cpu}, "disk": {"size": self.disk}}
+        return json.dumps({"path": str(self.store), **sizes})
+
+
+def server(model: Path, setup: Setup, log: Path, *, python: str = sys.executable) -> SGLangServer:
+    """A server that is yet to be started."""
+    storage = ["--hicache-storage-backend", "lmcache"]
+    storage += ["--hicache-storage-backend-extra-config", setup.extra_config]
+    common = ["--page-size", str(setup.page_size), "--served-model-name", "tiny"]
+    common += ["--admin-api-key", ADMIN_KEY, "--enable-cache-report"]
+    return SGLangServer(
+        model,
+        args=[*CPU_ARGS, *common, *(storage if setup.flag else []), *setup.args],
+        env={**CPU_ENVIRONMENT, **setup.env},
+        log_path=log,
+        python=python,
+        entry=setup.entry,
+        api_key=ADMIN_KEY,
+    )
+
+
+def ask(
+    server: SGLangServer, prompt: Sequence[int], new_tokens: int = 16, **request: Any
+) -> Answer:
+    """The greedy continuation of token ids."""
+    body = {
+        "input_ids": list(prompt),
+        "sampling_params": {
+            "temperature": 0,
+            "max_new_tokens": new_tokens,
+            "ignore_eos": True,
+        },
+        **request,
+    }
+    answer = server.post("/generate", body)
+    cached = answer["meta_info"].get("cached_tokens_details") or {}
+    return Answer(
+        answer["output_ids"],
+        cached.get("device", 0),
+        cached.get("host", 0),
+        cached.get("storage", 0),
+        cached.get("storage_backend"),
+    )
+
+
+def prompt(seed: int, tokens: int = 400) -> list[int]:
+    """Token ids that no other seed shares a page with."""
+    return [3 + (seed * 131 + i * (7 + seed % 5) + i * i) % 500 for i in range(tokens)]
+
+
+def until(what: Callable[[], bool], timeout: float = WAIT_SECONDS) -> None:
+    """Wait for another process to get somewhere; raise when it does not in time."""
+    deadline = time.monotonic() + timeout
+    while not what():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not come true in {timeout:.0f} s")
+        time.sleep(0.05)  # the other process offers no event to wait for
+
+
+def pages_on_disk(setup: Setup) -> int:
+    """Pages in the store's disk tier, read beside the engine that has it open."""
+    tier = DiskTier(setup.store, 256 << 20)
+    try:
+        return tier.stats().pages
+    finally:
+        tier.close()
+
+
+def whole_pages(prompt: Sequence[int], page_size: int = PAGE_SIZE) -> int:
+    """Tokens of a prompt that a store can give back: whole pages, but for the last token."""
+    return (len(prompt) - 1) // page_size * page_size

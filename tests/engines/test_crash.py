@@ -1,0 +1,74 @@
+"""A server that is killed in the middle of writing leaves a sound store."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+
+from lmcache_sglang.storage.disk.tier import DiskTier
+from lmcache_sglang.testing.engine import (
+    Answer,
+    Setup,
+    ask,
+    pages_on_disk,
+    prompt,
+    server,
+    until,
+)
+
+ROUNDS = 3
+PROMPTS = 6
+POOL = ("--max-total-tokens", "4096")
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path, folder: Path) -> dict[int, list[int]]:
+    """The tokens of an engine whose store nobody disturbed."""
+    with server(
+        model, Setup(folder / "undisturbed", args=POOL), folder / "reference.log"
+    ) as engine:
+        return {seed: ask(engine, prompt(seed)).tokens for seed in range(ROUNDS * PROMPTS)}
+
+
+def test_kill_in_the_middle_of_writes_then_restart(
+    model: Path, folder: Path, reference: dict[int, list[int]]
+) -> None:
+    setup = Setup(folder / "store", args=POOL)
+    for killed in range(ROUNDS):
+        _serve_and_kill(model, setup, folder / f"killed-{killed}.log", killed)
+        _require_sound(setup)
+    with server(model, setup, folder / "after.log") as engine:
+        answers = {seed: ask(engine, prompt(seed)) for seed in reference}
+    assert {seed: answer.tokens for seed, answer in answers.items()} == reference
+    assert sum(answer.storage for answer in answers.values()) > 0
+
+
+def _serve_and_kill(model: Path, setup: Setup, log: Path, killed: int) -> None:
+    """Kill with prompts in flight, as soon as the store has grown by some pages."""
+    engine = server(model, setup, log)
+    engine.start()
+    enough = pages_on_disk(setup) + 20
+    with ThreadPoolExecutor(4) as clients:
+        seeds = range(killed * PROMPTS, (killed + 1) * PROMPTS)
+        asked = [clients.submit(ask, engine, prompt(seed)) for seed in seeds]
+        until(lambda: pages_on_disk(setup) >= enough)
+        engine.kill()
+    for future in asked:
+        _require_answered_or_cut_off(future)
+
+
+def _require_answered_or_cut_off(future: Future[Answer]) -> None:
+    assert isinstance(future.exception(), OSError | HTTPException | None)
+
+
+def _require_sound(setup: Setup) -> None:
+    tier = DiskTier(setup.store, 256 << 20)
+    try:
+        report = tier.check()
+    finally:
+        tier.close()
+    assert report.ok, report
+    assert report.pages > 0
