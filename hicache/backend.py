@@ -66,6 +66,8 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
 
     def register_mem_pool_host(self, mem_pool_host: HostPool) -> None:
         """Take the KV pool; raises when its pages cannot be kept."""
+        if getattr(mem_pool_host, "kv_buffer", None) is None:  # as DeepSeek V4's
+            raise _unsupported(PoolName.KV, mem_pool_host)
         super().register_mem_pool_host(mem_pool_host)
         first_page = torch.arange(logical_page_size(mem_pool_host), dtype=torch.int64)
         self._page_bytes = page_bytes(mem_pool_host, first_page)
@@ -85,11 +87,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         """Take a pool of a model with several; only the KV pool is stored in this version."""
         if host_pool is self._pool:
             return
-        raise NotImplementedError(
-            f"lmcache: this model also keeps its state in the pool {str(host_pool_name)!r} "
-            f"({type(host_pool).__name__}); this version stores plain KV pools only. Serve it without "
-            "--hicache-storage-backend lmcache"
-        )
+        raise _unsupported(host_pool_name, host_pool)
 
     def batch_exists(
         self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None
@@ -176,6 +174,13 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             rates = metrics.prefetch_bandwidth if read else metrics.backup_bandwidth
             counts.append(pages)
             rates.append(rate)
+
+
+def _unsupported(name: PoolName, pool: object) -> NotImplementedError:
+    return NotImplementedError(
+        f"lmcache: this model keeps its state in the pool {str(name)!r} ({type(pool).__name__}), and "
+        "this version stores plain KV pools only. Serve it without --hicache-storage-backend lmcache"
+    )
 
 
 # SGLang reports type(backend).__name__ as the storage backend of a request's cached tokens.

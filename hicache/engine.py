@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def model_identity(served_name: str | None) -> ModelIdentity:
 
     model = get_model()
     settings = {name: str(getattr(model, name)) for name in _SETTINGS}
+    if str(model.load_format) == "dummy":  # random weights, whatever the files hold
+        settings["load_format"] = "dummy"
     return ModelIdentity(
         name=served_name or str(model.model_path),
         fingerprint=_fingerprint(str(model.model_path), model.revision),
@@ -36,12 +39,23 @@ def model_identity(served_name: str | None) -> ModelIdentity:
     )
 
 
+def adapter_id(named: str, path: str) -> str:
+    """The id of a LoRA adapter for page hashes, telling apart what was trained anew under one path.
+
+    Args:
+        named: SGLang's own id, which knows the adapter's name and path only.
+        path: where the adapter is.
+    """
+    return hashlib.sha256(f"{named}\0{_fingerprint(path, None)}".encode()).hexdigest()[:32]
+
+
 def ranks_on_this_node() -> int:
-    """Engine processes that share this node's memory."""
+    """Engine processes that share this node's memory, over all data-parallel replicas."""
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()
-    return max(1, int(parallel.launch_world_size) // int(parallel.nnodes))
+    ranks = int(parallel.launch_world_size) * int(parallel.dp_size)
+    return max(1, ranks // int(parallel.nnodes))
 
 
 def _fingerprint(model_path: str, revision: str | None) -> str:

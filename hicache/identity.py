@@ -8,9 +8,8 @@ else that must match for the bytes to mean the same. It never holds who wrote th
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,8 +21,22 @@ VERSION = 1  # of the meaning of these fields; a change of meaning is a new vers
 _SAMPLE = 256  # bytes looked at in each place of a weight file
 _SAMPLES = 64  # places in a file that has no tensor table
 _HEADER_MOST = 256 << 20  # a longer safetensors header is none
-_CONFIG_FILES = ("config.json", "hf_quant_config.json", "quantize_config.json")
+_CONFIG_FILES = (
+    "config.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "adapter_config.json",
+)
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
+
+
+class _Tensor(msgspec.Struct):
+    """What is used of an entry of a safetensors table; the `__metadata__` entry has no offsets."""
+
+    data_offsets: tuple[int, int] = (0, 0)  # from the end of the table
+
+
+_TABLE = msgspec.json.Decoder(dict[str, _Tensor])
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +113,7 @@ def _weight_files(model: Path) -> list[Path]:
 def _file_digest(file: Path) -> bytes:
     size = file.stat().st_size
     digest = hashlib.sha256(struct.pack("<Q", size))
-    with file.open("rb") as weights:
+    with file.open("rb", buffering=0) as weights:  # a buffer would read 8 KiB for each sample
         for place in _places(weights.read(8), file, size):
             weights.seek(place)
             _add(digest, weights.read(_SAMPLE))
@@ -109,7 +122,7 @@ def _file_digest(file: Path) -> bytes:
 
 def _places(head: bytes, file: Path, size: int) -> Iterator[int]:
     """Offsets to sample, in the order of the file."""
-    tensors = list(_tensors(head, file)) if file.suffix == ".safetensors" else []
+    tensors = _tensors(head, file, size) if file.suffix == ".safetensors" else []
     if not tensors:
         yield from range(0, size, max(1, size // _SAMPLES))
         yield max(0, size - _SAMPLE)
@@ -119,8 +132,8 @@ def _places(head: bytes, file: Path, size: int) -> Iterator[int]:
         yield from sorted({start, (start + end) // 2, max(start, end - _SAMPLE)})
 
 
-def _tensors(head: bytes, file: Path) -> Iterable[tuple[int, int]]:
-    """Where each tensor lies in a safetensors file; none when the file is not one.
+def _tensors(head: bytes, file: Path, size: int) -> list[tuple[int, int]]:
+    """Where each tensor lies in a safetensors file; none when the file is not a whole one.
 
     Format: an 8-byte little-endian length, that many bytes of JSON with `data_offsets` relative to the
     end of it, the data (https://github.com/huggingface/safetensors, "Format").
@@ -131,11 +144,14 @@ def _tensors(head: bytes, file: Path) -> Iterable[tuple[int, int]]:
     with file.open("rb") as weights:
         weights.seek(8)
         try:
-            table = json.loads(weights.read(length))
-        except ValueError:
+            table = _TABLE.decode(weights.read(length))
+        except ValueError:  # what msgspec raises derives from it; bad UTF-8 is a plain one
             return []
-    spans = [entry["data_offsets"] for name, entry in table.items() if name != "__metadata__"]
-    return sorted((8 + length + start, 8 + length + end) for start, end in spans)
+    data = 8 + length
+    spans = [entry.data_offsets for name, entry in table.items() if name != "__metadata__"]
+    if not all(0 <= start <= end <= size - data for start, end in spans):
+        return []
+    return sorted((data + start, data + end) for start, end in spans)
 
 
 def _add(digest: hashlib._Hash, data: bytes) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Mapping
@@ -49,18 +50,20 @@ CPU_MOST = 8 * GIB  # of an automatic size
 DISK_MOST = 100 * GIB
 CPU_SHARE = 0.1  # of the memory this process may use
 DISK_SHARE = 0.25  # of what the file system has free beside the store
+DISK_MAX = 64 << 40  # of a given size: the store is one mapping in an address space of 128 TiB
 
 
-def _not_a_number(value: object) -> object:
-    """Pydantic would take True for one byte."""
-    if isinstance(value, bool):
-        raise ValueError(  # noqa: TRY004 - pydantic turns only a ValueError into its own
-            'give a size such as "64GiB", 0 to turn the tier off, or "auto"'
-        )
+_SIZE = re.compile(r"auto|\d*\.?\d+\s*[a-z]*", re.IGNORECASE)
+
+
+def _require_size(value: object) -> object:
+    """Pydantic would take True for one byte, and "5%" for five."""
+    if isinstance(value, bool) or (isinstance(value, str) and not _SIZE.fullmatch(value.strip())):
+        raise ValueError("no size")  # `_explain` says what would be one
     return value
 
 
-Size = Annotated[Literal["auto"] | ByteSize, BeforeValidator(_not_a_number)]
+Size = Annotated[Literal["auto"] | ByteSize, BeforeValidator(_require_size)]
 
 
 class _Section(BaseModel):
@@ -112,8 +115,17 @@ class DiskConfig(_Section):
 
 
 def _default_path() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "lmcache-sglang"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # to be ignored then, says the XDG specification
+        base = _with_home(Path("~/.cache"))
+    return base / "lmcache-sglang"
+
+
+def _with_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError("path", f"{path}: {error} Give an absolute path") from error
 
 
 class Config(_Section):
@@ -155,7 +167,9 @@ class Config(_Section):
             raise ConfigError(
                 "cpu.size", "it is 0 and so is disk.size: there is nowhere to keep pages"
             )
-        if not self.path.expanduser().is_absolute():
+        if self.disk.size != "auto" and self.disk.size > DISK_MAX:
+            raise ConfigError("disk.size", f"{self.disk.size} bytes; the most is {DISK_MAX}")
+        if not self.directory.is_absolute():
             raise ConfigError("path", f"{self.path} is relative; give an absolute path")
         if self.peers is not None:
             raise ConfigError(
@@ -167,7 +181,7 @@ class Config(_Section):
     @property
     def directory(self) -> Path:
         """`path` with ``~`` resolved."""
-        return self.path.expanduser()
+        return _with_home(self.path)
 
 
 def parse_extra(text: str | None) -> dict[str, Any]:
@@ -237,12 +251,14 @@ def _explain(error: ValidationError) -> ConfigError:
         return ConfigError(key, _unknown(key))
     if where[-1] == "size":
         return ConfigError(key, f'{first["input"]!r} is no size; give "64GiB", 0 or "auto"')
+    if first["type"] == "model_type":
+        return ConfigError(key, f"{first['input']!r} is no mapping; give {{size: 64GiB}}")
     return ConfigError(key, f"{first['msg']} (given: {first['input']!r})")
 
 
 def _unknown(key: str) -> str:
     valid = _keys(Config)
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key.lower(), valid, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
     return f"there is no such key; {hint}"
 

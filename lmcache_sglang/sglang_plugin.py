@@ -9,15 +9,20 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     hicache_hook.resolve_storage_layout_…           layer_first becomes page_first, as for Mooncake
     StorageBackendFactory._create_builtin_backend   makes the backend, under its own name
     HiCacheController.attach_storage_backend        selects the zero-copy calls
+    LoRARef.deterministic_id                        adapters are told apart by their weights too
 
 The name stays `lmcache` everywhere, in SGLang's logs and metrics too. (The other way, rewriting the flag
 to `dynamic`, loses it, and does not reach the admin route that attaches a backend at run time.)
+
+A hook asks for the name before it looks at anything else, and passes on what it does not know: on an
+SGLang that has changed, it must not harm who uses another backend.
 """
 
 from __future__ import annotations
 
 import logging
 import pkgutil
+import threading
 from argparse import ArgumentParser
 from collections.abc import Callable
 from importlib.metadata import version
@@ -40,21 +45,31 @@ _FACTORY = "sglang.srt.mem_cache.storage.backend_factory.StorageBackendFactory"
 _CREATE = f"{_FACTORY}._create_builtin_backend"
 _CONTROLLER = "sglang.srt.managers.cache_controller.HiCacheController"
 _ATTACH = f"{_CONTROLLER}.attach_storage_backend"
+_ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
 
 # Everything that must be there for the flag to work: what is hooked, and what the hooks use.
 SEAMS = (
     _ADD_CLI_ARGS,
     _RESOLVE,
+    f"{_SERVER_ARGS}.hicache_storage_backend",
+    f"{_SERVER_ARGS}.hicache_storage_backend_extra_config",
+    f"{_SERVER_ARGS}.enable_hierarchical_cache",
+    f"{_SERVER_ARGS}.disaggregation_mode",
     _LAYOUT,
     _CREATE,
     f"{_FACTORY}.register_backend",
     _ATTACH,
+    _ADAPTER_ID,
     f"{_CONTROLLER}._page_get_zero_copy",
     f"{_CONTROLLER}._page_set_zero_copy",
     "sglang.srt.arg_groups.overrides.declare_resolution",
     "sglang.srt.mem_cache.hicache_storage.HiCacheStorage",
     "sglang.srt.runtime_context.get_model",
 )
+
+
+# Set while the arguments of an engine with the flag are resolved, which is when adapters get their ids.
+_FLAG_IN_USE = threading.Event()
 
 
 def activate() -> None:
@@ -73,6 +88,7 @@ def activate() -> None:
     HookRegistry.register(_LAYOUT, _prefer_page_first, HookType.AFTER)
     HookRegistry.register(_CREATE, _create, HookType.AROUND)
     HookRegistry.register(_ATTACH, _select_zero_copy, HookType.AFTER)
+    HookRegistry.register(_ADAPTER_ID, _identify_adapter, HookType.AROUND)
 
 
 def missing_seams() -> list[str]:
@@ -92,8 +108,8 @@ def _refuse_the_flag(missing: list[str]) -> None:
     """Leave the engine alone, unless the flag is used: then it must not start."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    def refuse(server_args: Any) -> None:
-        if server_args.hicache_storage_backend == NAME:
+    def refuse(server_args: Any, *_: Any, **__: Any) -> None:
+        if _uses_the_flag(server_args):
             raise UnsupportedEngineError(unsupported(missing))
 
     for seam, hook, kind in (
@@ -115,17 +131,22 @@ def unsupported(missing: list[str]) -> str:
     )
 
 
-def _add_choice(_: None, parser: ArgumentParser) -> None:
+def _uses_the_flag(settings: Any) -> bool:
+    return getattr(settings, "hicache_storage_backend", None) == NAME
+
+
+def _add_choice(_: None, parser: ArgumentParser, *__: Any, **___: Any) -> None:
     for action in parser._actions:
         if FLAG in action.option_strings and action.choices and NAME not in action.choices:
             action.choices = [*action.choices, NAME]
 
 
-def _prepare(server_args: Any) -> None:
+def _prepare(server_args: Any, *_: Any, **__: Any) -> None:
     """Check the settings before any process is started, and turn on what the flag needs."""
-    if server_args.hicache_storage_backend != NAME:
+    if not _uses_the_flag(server_args) or _resolved_before(server_args):
         return
     Config.load(parse_extra(server_args.hicache_storage_backend_extra_config))
+    _FLAG_IN_USE.set()
     running = version("sglang")
     if running not in TESTED:
         logger.warning(
@@ -140,12 +161,17 @@ def _prepare(server_args: Any) -> None:
         server_args.enable_hierarchical_cache = True
 
 
-def _prefer_page_first(_: None, server_args: Any) -> None:
+def _resolved_before(server_args: Any) -> bool:
+    """Each child process asks again for what the parent resolved, and would warn again."""
+    return bool(getattr(server_args, "_resolution_finished", False))
+
+
+def _prefer_page_first(_: None, server_args: Any, *__: Any, **___: Any) -> None:
     """In a layer_first host pool a page lies in two runs a layer; page_first needs two in all."""
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     cfg = resolving_view(server_args)
-    if cfg.hicache_storage_backend != NAME or cfg.hicache_mem_layout != "layer_first":
+    if not _uses_the_flag(cfg) or cfg.hicache_mem_layout != "layer_first":
         return
     layout = {"direct": "page_first_direct", "kernel": "page_first"}.get(cfg.hicache_io_backend)
     if layout is not None:
@@ -159,10 +185,11 @@ def _create(
     backend_name: str,
     backend_class: type,
     storage_config: Any,
-    mem_pool_host: Any,
+    *rest: Any,
+    **named: Any,
 ) -> Any:
     if backend_name != NAME:
-        return original(factory, backend_name, backend_class, storage_config, mem_pool_host)
+        return original(factory, backend_name, backend_class, storage_config, *rest, **named)
     return create_backend(storage_config)
 
 
@@ -174,10 +201,12 @@ def create_backend(storage_config: Any) -> Any:
     from .hicache.engine import model_identity, ranks_on_this_node
     from .store import open_chain, require_room
 
-    chain = open_chain(Config.load(storage_config.extra_config), sharers=ranks_on_this_node())
+    config = Config.load(storage_config.extra_config)
+    model = model_identity(storage_config.model_name)
+    chain = open_chain(config, sharers=ranks_on_this_node())  # last: nobody would close it
     return LMCacheBackend(
         storage_config,
-        model_identity(storage_config.model_name),
+        model,
         chain,
         require_room,
         StorageMetrics if storage_config.enable_storage_metrics else None,
@@ -189,6 +218,19 @@ def _select_zero_copy(_: None, controller: Any, *__: Any, **___: Any) -> None:
 
     The storage threads, already started, read these attributes anew for each operation.
     """
-    if controller.storage_backend_type == NAME:
+    if getattr(controller, "storage_backend_type", None) == NAME:
         controller.page_get_func = controller._page_get_zero_copy
         controller.page_set_func = controller._page_set_zero_copy
+
+
+def _identify_adapter(original: Callable[[str, str], str], lora_name: str, lora_path: str) -> str:
+    """SGLang's id lasts over restarts and knows name and path; pages in a store last longer than both.
+
+    Adapters loaded at run time get a random id from SGLang: they are never restored after a restart.
+    """
+    named = original(lora_name, lora_path)
+    if not _FLAG_IN_USE.is_set():
+        return named
+    from .hicache.engine import adapter_id
+
+    return adapter_id(named, lora_path)

@@ -46,6 +46,18 @@ def page_key(namespace: bytes, page_hash: bytes) -> bytes:
     return namespace + page_hash
 
 
+def require_equally_many(
+    keys: Sequence[bytes], pages: PageSegments, checksums: Sequence[int] | None = None
+) -> None:
+    """The first line of `get` and `put`.
+
+    Raises:
+        ValueError: there is not one page, and one checksum if there are any, for each key.
+    """
+    if not len(keys) == len(pages) == len(keys if checksums is None else checksums):
+        raise ValueError("keys, pages and checksums must be equally many")
+
+
 class Lookup(Enum):
     """What became of one page of a `get`."""
 
@@ -145,7 +157,7 @@ class Tier(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of everything. Idempotent; every other call raises `TierError` (CLOSED) after it."""
+        """Let go of everything. Idempotent; every other call but `fits` raises `TierError` (CLOSED)."""
 
 
 @dataclass(frozen=True, slots=True)

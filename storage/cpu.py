@@ -17,7 +17,15 @@ from typing import NamedTuple
 from ..errors import Reason, TierError
 from ..kernels.pages import PageSegments, gather, scatter
 from ..kernels.pages import checksums as checksums_of
-from .base import CheckReport, Lease, Lookup, Stored, TierStats, UpperTier
+from .base import (
+    CheckReport,
+    Lease,
+    Lookup,
+    Stored,
+    TierStats,
+    UpperTier,
+    require_equally_many,
+)
 
 
 class _Record(NamedTuple):
@@ -46,6 +54,7 @@ class CpuTier(UpperTier):
             return [key in self._records for key in keys]
 
     def get(self, keys: Sequence[bytes], into: PageSegments) -> list[Lookup]:
+        require_equally_many(keys, into)
         with self._lock:
             self._require_open()
             here = [i for i, key in enumerate(keys) if key in self._records]
@@ -65,57 +74,68 @@ class CpuTier(UpperTier):
     def put(
         self, keys: Sequence[bytes], pages: PageSegments, checksums: Sequence[int] | None = None
     ) -> list[Stored]:
-        sizes = pages.page_bytes()
-        if not len(keys) == len(sizes) == len(sizes if checksums is None else checksums):
-            raise ValueError("keys, pages and checksums must be equally many")
-        outcome = self._reserve(keys, sizes)
+        require_equally_many(keys, pages, checksums)
+        outcome = self._reserve(keys, pages.page_bytes())
         fresh = [i for i, stored in enumerate(outcome) if stored is Stored.STORED]
-        copies = self._allocate([sizes[i] for i in fresh])
-        computed = gather([keys[i] for i in fresh], pages.select(fresh), copies)
+        records = self._copy([keys[i] for i in fresh], pages.select(fresh))
         with self._lock:
-            for i, data, checksum in zip(fresh, copies, computed, strict=True):
-                if checksums is not None and checksums[i] != checksum:
-                    self._used -= len(data)
+            for i, record in zip(fresh, records, strict=True):
+                if checksums is not None and checksums[i] != record.checksum:
+                    self._used -= len(record.data)
                     outcome[i] = Stored.REFUSED
                 else:
-                    outcome[i] = self._publish(keys[i], _Record(data, checksum))
-            self._touch([key for key in keys if key in self._records])
-        return outcome
+                    outcome[i] = self._publish(keys[i], record)
+            here = [key for key in keys if key in self._records]
+            self._touch(here)
+        came = frozenset(here)  # also from another thread, or from its other place in the batch
+        return [
+            Stored.PRESENT if stored is Stored.REFUSED and key in came else stored
+            for key, stored in zip(keys, outcome, strict=True)
+        ]
 
     def _reserve(self, keys: Sequence[bytes], sizes: Sequence[int]) -> list[Stored]:
         """Make room for those not here yet. STORED means: room is reserved, bytes are to follow."""
-        batch = frozenset(keys)
+        outcome = []
+        ancestors = set[bytes]()
         with self._lock:
             self._require_open()
             self._touch([key for key in keys if key in self._records])  # not to be evicted below
-            return [
-                Stored.PRESENT
-                if key in self._records
-                else Stored.STORED
-                if self._make_room(size, batch)
-                else Stored.REFUSED
-                for key, size in zip(keys, sizes, strict=True)
-            ]
+            for key, size in zip(keys, sizes, strict=True):
+                if key in self._records:
+                    outcome.append(Stored.PRESENT)
+                elif self._make_room(size, ancestors):
+                    outcome.append(Stored.STORED)
+                else:
+                    outcome.append(Stored.REFUSED)
+                ancestors.add(key)
+        return outcome
 
-    def _make_room(self, size: int, batch: frozenset[bytes]) -> bool:
-        """Reserve `size` bytes, evicting what is used least, but nothing of the batch itself."""
+    def _make_room(self, size: int, keep: set[bytes]) -> bool:
+        """Reserve `size` bytes, evicting what is used least, but nothing of `keep`."""
+        if size > self.capacity:
+            return False
         while self._used + size > self.capacity:
             oldest = next(iter(self._records), None)
-            if oldest is None or oldest in batch:
+            if oldest is None or oldest in keep:
                 return False
             self._forget(oldest)
             self._evicted += 1
         self._used += size
         return True
 
-    def _allocate(self, sizes: Sequence[int]) -> list[bytearray]:
-        """Memory for records whose bytes are reserved; gives the reservation back if there is none."""
+    def _copy(self, keys: Sequence[bytes], pages: PageSegments) -> list[_Record]:
+        """Records of pages whose room is reserved; gives the room back when that fails."""
+        sizes = pages.page_bytes()
         try:
-            return [bytearray(size) for size in sizes]
-        except MemoryError as error:
+            copies = [bytearray(size) for size in sizes]
+            return [*map(_Record, copies, gather(keys, pages, copies))]
+        except BaseException as error:
             with self._lock:
                 self._used -= sum(sizes)
-            raise TierError(self.name, Reason.FULL, "the machine has no memory left") from error
+            if isinstance(error, MemoryError):
+                detail = "the machine has no memory left"
+                raise TierError(self.name, Reason.FULL, detail) from error
+            raise
 
     def _publish(self, key: bytes, record: _Record) -> Stored:
         """Put a record whose bytes are reserved into the table, unless another thread was first."""
@@ -161,6 +181,7 @@ class CpuTier(UpperTier):
 
     def stats(self) -> TierStats:
         with self._lock:
+            self._require_open()
             return TierStats(
                 self.name, len(self._records), self._used, self.capacity, self._evicted
             )

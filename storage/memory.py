@@ -13,7 +13,7 @@ from threading import Lock
 from ..errors import Reason, TierError
 from ..kernels.pages import PageSegments, gather, scatter
 from ..kernels.pages import checksums as checksums_of
-from .base import CheckReport, Lookup, Stored, Tier, TierStats
+from .base import CheckReport, Lookup, Stored, Tier, TierStats, require_equally_many
 
 
 class MemoryTier(Tier):
@@ -34,6 +34,7 @@ class MemoryTier(Tier):
             return [key in records for key in keys]
 
     def get(self, keys: Sequence[bytes], into: PageSegments) -> list[Lookup]:
+        require_equally_many(keys, into)
         with self._lock:
             records = self._open()
             here = [i for i, key in enumerate(keys) if key in records]
@@ -52,6 +53,7 @@ class MemoryTier(Tier):
     def put(
         self, keys: Sequence[bytes], pages: PageSegments, checksums: Sequence[int] | None = None
     ) -> list[Stored]:
+        require_equally_many(keys, pages, checksums)
         copies = [bytearray(n) for n in pages.page_bytes()]
         computed = gather(keys, pages, copies)
         expected = computed if checksums is None else checksums

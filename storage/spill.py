@@ -71,6 +71,9 @@ class Spill:
         return len(lease.keys)
 
     def _offer(self, key: bytes, page: _Waiting, deadline: float) -> bool:
+        if page.size > self.capacity:  # room for it never comes
+            return False
+
         def settled() -> bool:
             return self._closing or key in self._waiting or self._bytes + page.size <= self.capacity
 
@@ -143,14 +146,19 @@ class Spill:
             return len(self._waiting), self._bytes
 
     def _run(self) -> None:
-        while True:
-            group = self._take_group()
-            if not group:
-                return
-            self._write(group)
+        try:
+            while group := self._take_group():
+                self._write(group)
+                with self._changed:
+                    self._writing = frozenset()
+                    for key in group:
+                        self._forget(key)
+                    self._changed.notify_all()
+        finally:  # also when a mistake of ours ends the thread: then nobody may wait for it
             with self._changed:
+                self._closing = True
                 self._writing = frozenset()
-                for key in group:
+                for key in list(self._waiting):
                     self._forget(key)
                 self._changed.notify_all()
 

@@ -239,7 +239,11 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def _command(entry: Entry, python: str) -> list[str]:
     if entry == "launch_server":
         return [python, "-m", "sglang.launch_server"]
-    return [str(Path(python).with_name("sglang")), "serve"]
+    script = Path(python).with_name("sglang")
+    if script.exists():
+        return [str(script), "serve"]
+    # An environment that only sees another one's packages has no script of its own.
+    return [python, "-c", "from sglang.cli.main import main; main()", "serve"]
 
 
 def _parsed(text: str, content_type: str) -> Any:

@@ -12,6 +12,8 @@ import fcntl
 import json
 import logging
 import os
+import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import lmdb
 
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 MAX_READERS = 1024  # LMDB's default of 126 is short for many ranks with several threads each
 SETUP_SECONDS = 60.0  # longest wait for another process that is making the store
 CLOSE_SECONDS = 10.0  # longest wait at close for operations in flight
+FULL_BYTES = 1 << 20  # a file system with less room than this is full
 REWRITE_BYTES = 64 << 20  # room for deleting from a file that is larger than it should be
 _POLL_SECONDS = 0.05
 
@@ -64,11 +68,13 @@ class Environment:
         _make_directory(path)
         self._in_use = _open_lock(path / layout.LOCK)
         self._gate = Gate(name)
+        self._closing = Lock()
+        self._closed = False
         try:
             self.alone = _lock(self._in_use, path)
             if self.alone:
                 _require_ours(self.file)
-                self.map_size = max(_page_aligned(size), self._smallest_map())
+                self.map_size = max(_page_aligned(size), self._room_to_shrink())
             else:
                 self.map_size = _read_map_size(self._in_use, self.file)
             self._env, self.tables = self._make()
@@ -77,8 +83,8 @@ class Environment:
             raise
         self.page = int(self._env.stat()["psize"])
 
-    def _smallest_map(self) -> int:
-        """What an existing file larger than the wanted size needs until `rewrite`."""
+    def _room_to_shrink(self) -> int:
+        """What an existing file may need until `resize`, to delete from it."""
         used = self.file.stat().st_size if self.file.exists() else 0
         return used + REWRITE_BYTES if used else 0
 
@@ -89,19 +95,30 @@ class Environment:
             fcntl.flock(self._in_use, fcntl.LOCK_SH)
             self.alone = False
 
-    def rewrite(self, size: int) -> None:
-        """Make the file as small as its content and give it a new largest size.
+    def resize(self, size: int) -> None:
+        """Give the file a new largest size, and make it as small as its content if it is larger.
 
         For the process that has the store alone, with no operation in flight. The old file stays until
         the new one is whole.
         """
+        self.map_size = _page_aligned(size)
+        if self.file.stat().st_size > size:
+            self._rewrite()
+        else:
+            with self._translated():
+                self._env.set_mapsize(self.map_size)
+
+    def _rewrite(self) -> None:
         copy = self.file.with_suffix(".new")
         copy.unlink(missing_ok=True)
-        with self._translated():
-            self._env.copy(str(copy), compact=True)
+        try:
+            with self._translated():
+                self._env.copy(str(copy), compact=True)
+        except TierError:
+            copy.unlink(missing_ok=True)
+            raise
         self._env.close()
         copy.replace(self.file)
-        self.map_size = _page_aligned(size)
         self._env, self.tables = self._make()
 
     def _make(self) -> tuple[lmdb.Environment, Tables]:
@@ -121,6 +138,10 @@ class Environment:
                 txn.put(b"magic", layout.MAGIC, db=meta)
                 txn.put(b"format", layout.pack_format(layout.FORMAT), db=meta)
                 rest = [env.open_db(name, txn=txn) for name in layout.TABLES[1:]]
+        except (lmdb.MapFullError, lmdb.MemoryError, OverflowError) as error:
+            raise ConfigError(
+                "disk.size", f"{self.map_size} bytes cannot be mapped for {self.file}: {error}"
+            ) from error
         except lmdb.Error as error:
             raise ConfigError("path", _why_not(self.file, error)) from error
         return env, Tables(meta, *rest)
@@ -143,14 +164,21 @@ class Environment:
             yield
         except (lmdb.MapFullError, lmdb.DiskError) as error:
             raise TierError(self.name, Reason.FULL, str(error)) from error
-        except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError) as error:
+        except (
+            lmdb.CorruptedError,
+            lmdb.PageNotFoundError,
+            lmdb.InvalidError,
+            struct.error,  # a number of ours that is not as long as it was written
+        ) as error:
             raise TierError(self.name, Reason.CORRUPT, str(error)) from error
         except lmdb.PanicError as error:
             # LMDB refuses everything after it failed to write its header.
             self._gate.shut(f"LMDB gave up on {self.file}; it is used again after a restart")
             raise TierError(self.name, Reason.IO, str(error)) from error
         except lmdb.Error as error:
-            raise TierError(self.name, Reason.IO, str(error)) from error
+            # LMDB calls a write that was cut short by a full disk an input/output error
+            full = shutil.disk_usage(self.path).free < FULL_BYTES
+            raise TierError(self.name, Reason.FULL if full else Reason.IO, str(error)) from error
 
     def reap_readers(self) -> int:
         """Free the reader slots of processes that were killed; they would make the file grow."""
@@ -159,8 +187,11 @@ class Environment:
 
     def close(self) -> None:
         """Wait for operations in flight and let go of the file. Idempotent."""
-        if not self._gate.shut("it was closed"):
-            return
+        self._gate.shut("it was closed")
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
         if self._gate.wait_empty(CLOSE_SECONDS):
             self._env.close()
         else:  # to close it under a reader would be a crash; the kernel closes it with the process
@@ -202,15 +233,10 @@ def _lock(lock: int, path: Path) -> bool:
 
 
 def _require_ours(file: Path) -> None:
-    """Raise unless the file is new or a sound one of ours. Only ever adds bytes at its end."""
+    """Raise unless the file is new or a sound one of ours. Changes nothing."""
     if not file.exists() or file.stat().st_size == 0:
         return
     found = _probe(file)
-    if found["state"] == "short":
-        # LMDB may leave free pages at the end unwritten; and a file that was cut off must not end an
-        # engine with SIGBUS. What was lost reads as zeros, which no checksum accepts.
-        os.truncate(file, int(found["detail"]))
-        found = _probe(file)
     if found["state"] != "ours":
         raise ConfigError("path", _refusal(file, found))
 
@@ -231,12 +257,15 @@ def _refusal(file: Path, found: dict[str, str]) -> str:
 
 
 def _probe(file: Path) -> dict[str, str]:
-    command = [sys.executable, "-I", probe.__file__, str(file), layout.MAGIC.decode()]
-    command += [str(layout.FORMAT), *(name.decode() for name in layout.TABLES)]
+    command = [sys.executable, "-I", probe.__file__, str(file), json.dumps(layout.EXPECTED)]
     try:
         done = subprocess.run(
             command, check=False, capture_output=True, text=True, timeout=SETUP_SECONDS
         )
+    except OSError as error:
+        raise ConfigError(
+            "path", f"cannot start {sys.executable} to look at {file}: {error.strerror}"
+        ) from error
     except subprocess.TimeoutExpired:
         return probe.verdict("damaged", f"it could not be read in {SETUP_SECONDS:.0f} s")
     if done.returncode < 0:
@@ -268,6 +297,4 @@ def _read_map_size(lock: int, file: Path) -> int:
 def _why_not(file: Path, error: lmdb.Error) -> str:
     if "already open in this process" in str(error):
         return f"{file} is already open in this process; close that store first"
-    if isinstance(error, lmdb.MapFullError):
-        return f"{file} is fuller than disk.size allows; give it more, or another directory"
     return f"cannot open {file}: {error}"

@@ -20,6 +20,9 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+from ..base import KEY_BYTES
+from .probe import Expected
+
 FILE = "pages.lmdb"
 LOCK = "in-use"
 
@@ -31,6 +34,14 @@ _ENTRY = struct.Struct("<QQQ")
 _U64 = struct.Struct("<Q")
 _U32 = struct.Struct("<I")
 _SEQUENCE = struct.Struct(">Q")
+
+EXPECTED = Expected(
+    magic=MAGIC.decode(),
+    format=FORMAT,
+    tables=[name.decode() for name in TABLES],
+    lengths={"index": (KEY_BYTES, _ENTRY.size), "order": (_SEQUENCE.size, KEY_BYTES)},
+    entry=_ENTRY.format,
+)
 
 _LMDB_HEADER = 16  # of a run of overflow pages
 _TREE_BYTES = 512  # of one record in index, order and the key of pages, at half-full tree pages

@@ -5,12 +5,27 @@ Every change of the tables goes through here, so that `used`, `index`, `order` a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import lmdb
 
 from .environment import Environment, Tables
 from .layout import Entry, cost, pack_sequence, pack_u64, unpack_u64
 
 Value = bytes | bytearray | memoryview
+
+
+def total(txn: lmdb.Transaction, tables: Tables, name: bytes) -> int:
+    """A number as the books have it."""
+    data = txn.get(name, db=tables.meta)
+    return 0 if data is None else unpack_u64(bytes(data))
+
+
+def count(txn: lmdb.Transaction, tables: Tables, lmdb_page: int) -> int:
+    """Bytes used, as they should be in the books."""
+    with txn.cursor(db=tables.index) as cursor:
+        entries = cursor.iternext(keys=False, values=True)
+        return sum(cost(Entry.unpack(bytes(entry)).length, lmdb_page) for entry in entries)
 
 
 class Ledger:
@@ -20,13 +35,9 @@ class Ledger:
         self._page = env.page
         self._tables: Tables = env.tables
         self._txn = txn
-        self.used = self._total(b"used")
-        self._next = self._total(b"next")
+        self.used = total(txn, self._tables, b"used")
+        self._next = total(txn, self._tables, b"next")
         self.evicted = 0
-
-    def _total(self, name: bytes) -> int:
-        data = self._txn.get(name, db=self._tables.meta)
-        return 0 if data is None else unpack_u64(data)
 
     def close(self) -> None:
         self._txn.put(b"used", pack_u64(self.used), db=self._tables.meta)
@@ -43,8 +54,16 @@ class Ledger:
         self._txn.put(pack_sequence(entry.sequence), key, db=self._tables.order)
         self.used += cost(len(data), self._page)
 
-    def touch(self, key: bytes) -> None:
-        """Make it the most recent, if it is here."""
+    def recount(self) -> None:
+        """Put the total right, after damage."""
+        self.used = count(self._txn, self._tables, self._page)
+
+    def touch_all(self, keys: Iterable[bytes]) -> None:
+        """Make them the most recent, the last one most of all; those that are here."""
+        for key in keys:
+            self._touch(key)
+
+    def _touch(self, key: bytes) -> None:
         entry = self._entry(key)
         if entry is None:
             return
@@ -61,7 +80,7 @@ class Ledger:
         self._txn.delete(key, db=self._tables.pages)
         self._txn.delete(key, db=self._tables.index)
         self._txn.delete(pack_sequence(entry.sequence), db=self._tables.order)
-        self.used -= cost(entry.length, self._page)
+        self.used = max(0, self.used - cost(entry.length, self._page))  # a length may be damaged
         return True
 
     def evict_to(self, limit: int, keep: frozenset[bytes] = frozenset()) -> bool:
@@ -71,7 +90,10 @@ class Ledger:
         """
         while self.used > limit:
             with self._txn.cursor(db=self._tables.order) as oldest:
-                if not oldest.first() or (key := bytes(oldest.value())) in keep:
+                if not oldest.first():
+                    self.used = 0  # whatever a damaged total said
+                    return limit >= 0
+                if (key := bytes(oldest.value())) in keep:
                     return False
                 oldest.delete()
             self.evicted += self.remove(key)

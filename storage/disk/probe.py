@@ -1,9 +1,10 @@
-"""Look at an LMDB file from a process that may die of it.
+"""Look at an LMDB file from a process of its own, before an engine trusts it.
 
-LMDB trusts its file: a damaged one can end the process that maps it with SIGSEGV or SIGBUS. So before
-an engine opens a file, this script opens it in a child process and walks every tree, but no page's
-bytes (those have checksums). Its verdict is one line of JSON on stdout; when it dies instead, that is
-the verdict too.
+LMDB trusts its file: a damaged one can end the process that maps it with SIGSEGV, SIGBUS or SIGABRT, or
+keep it busy for ever. So before an engine opens a file, this script walks every tree of it: first with
+`lmdb.verify`, which reads it without LMDB, then for what only we know of our records. It reads no
+page's bytes (those have checksums), but all that leads to them, and the list of free pages. Its verdict
+is one line of JSON on stdout; when it dies or hangs instead, that is the verdict too.
 
 It is run by path with only LMDB importable, so it imports nothing of this package.
 """
@@ -11,60 +12,122 @@ It is run by path with only LMDB importable, so it imports nothing of this packa
 from __future__ import annotations
 
 import json
+import signal
 import struct
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
+from types import FrameType
+from typing import TypedDict
 
 import lmdb
+from lmdb.verify import VerifyError, verify
 
 WALK_SECONDS = 5.0  # a store too large to walk in this time is trusted beyond it
-CLOCK_EVERY = 4096  # keys between two looks at the clock
+_LEAK = "a leak"  # room that no tree and no list knows of: wasted, but harmless
+
+_FREE_LIST = struct.Struct("<40xIH")  # in each of LMDB's two headers: page size, flags of the tree
+_DUPLICATES = 0x04  # a flag that the free list's tree never has, and that `verify` lets pass
+
+
+class Expected(TypedDict):
+    """What a file of ours looks like; layout.py has the values."""
+
+    magic: str
+    format: int
+    tables: list[str]
+    lengths: dict[str, tuple[int, int]]  # of each key and value, of the tables where they are fixed
+    entry: str  # the struct of a value of `index`; its second number is the page's length
+
+
+class _OutOfTime(Exception):
+    pass
 
 
 def verdict(state: str, detail: str = "") -> dict[str, str]:
-    """state: ours, foreign, version, short (detail: the bytes it should have) or damaged."""
+    """state: ours, foreign, version or damaged."""
     return {"state": state, "detail": detail}
 
 
-def walk(env: lmdb.Environment, table: lmdb._Database, deadline: float) -> None:
-    with env.begin(db=table) as txn, txn.cursor() as cursor:
-        for i, _ in enumerate(cursor.iternext(keys=True, values=False)):
-            if i % CLOCK_EVERY == 0 and time.monotonic() > deadline:
-                return
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Leave the block, without an error, when its time is up."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _OutOfTime
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _OutOfTime:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def inspect(path: str, magic: bytes, version: int, tables: list[bytes]) -> dict[str, str]:
-    env = lmdb.open(path, subdir=False, readonly=True, lock=False, max_dbs=len(tables))
-    info, page = env.info(), env.stat()["psize"]
-    needed = (info["last_pgno"] + 1) * page
-    if Path(path).stat().st_size < needed:
-        return verdict("short", str(needed))
+def misfits(env: lmdb.Environment, expected: Expected) -> Iterator[str]:
+    """Records that LMDB could not have got from us. It would take their lengths at their word."""
+    tables = {name: env.open_db(name.encode(), create=False) for name in expected["tables"]}
+    with env.begin(buffers=True) as txn:
+        for name, lengths in expected["lengths"].items():
+            for key, value in txn.cursor(tables[name]):
+                if (len(key), len(value)) != tuple(lengths):
+                    yield f"a record of {name} has lengths {len(key)} and {len(value)}"
+        listed, kept = txn.cursor(tables["index"]), txn.cursor(tables["pages"])
+        for (its_key, entry), (page_key, page) in zip_longest(listed, kept, fillvalue=(b"", b"")):
+            if its_key != page_key or struct.unpack(expected["entry"], entry)[1] != len(page):
+                yield "the index and the pages do not belong together"
+
+
+def free_list_has_duplicates(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        page_size, flags = _FREE_LIST.unpack(file.read(_FREE_LIST.size))
+        file.seek(page_size)
+        _, other_flags = _FREE_LIST.unpack(file.read(_FREE_LIST.size))
+    return bool((flags | other_flags) & _DUPLICATES)
+
+
+def inspect(path: str, expected: Expected) -> dict[str, str]:
+    found: list[str] = []
+    try:
+        with at_most(WALK_SECONDS):
+            found = verify(path, subdir=False)  # type: ignore[no-untyped-call] # it has no types
+    except VerifyError as error:
+        return verdict("foreign", str(error))
+    if damage := [problem for problem in found if _LEAK not in problem]:
+        return verdict("damaged", damage[0])
+    if free_list_has_duplicates(path):
+        return verdict("damaged", "the list of free pages is marked as another kind of tree")
+    env = lmdb.open(path, subdir=False, readonly=True, lock=False, max_dbs=len(expected["tables"]))
+    if env.stat()["entries"] == 0:
+        return verdict("ours")  # empty: the process that was making it was killed
     with env.begin() as txn:
         try:
             meta = env.open_db(b"meta", txn=txn, create=False)
         except lmdb.NotFoundError:
             return verdict("foreign")
-        found = txn.get(b"magic", db=meta)
+        mark = txn.get(b"magic", db=meta)
         written_by = txn.get(b"format", db=meta)
-    if found != magic or written_by is None:
+    if mark != expected["magic"].encode() or written_by is None:
         return verdict("foreign")
-    if struct.unpack("<I", written_by)[0] != version:
-        return verdict("version", str(struct.unpack("<I", written_by)[0]))
-    deadline = time.monotonic() + WALK_SECONDS
-    for name in tables:
-        walk(env, env.open_db(name, create=False), deadline)
-    return verdict("ours")
+    (number,) = struct.unpack("<I", written_by)
+    if number != expected["format"]:
+        return verdict("version", str(number))
+    misfit = None
+    with at_most(WALK_SECONDS):
+        misfit = next(misfits(env, expected), None)
+    return verdict("ours") if misfit is None else verdict("damaged", misfit)
 
 
 def main() -> None:
-    path, magic, version, *tables = sys.argv[1:]
+    path, expected = sys.argv[1:]
     try:
-        found = inspect(path, magic.encode(), int(version), [name.encode() for name in tables])
+        found = inspect(path, json.loads(expected))
     except (lmdb.Error, struct.error) as error:
-        # InvalidError: no LMDB file at all. All others: one that does not hold together.
-        state = "foreign" if isinstance(error, lmdb.InvalidError) else "damaged"
-        found = verdict(state, str(error))
+        found = verdict("damaged", str(error))
     print(json.dumps(found))
 
 

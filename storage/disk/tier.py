@@ -12,8 +12,9 @@ up to 5 ms to get it back from a busy scheduler (2.1 ms a key was measured, 5 us
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -23,11 +24,11 @@ import lmdb
 from ...errors import ConfigError, Reason, TierError
 from ...kernels.pages import PageSegments, gather, scatter
 from ...kernels.pages import checksums as checksums_of
-from ..base import CheckReport, Lookup, Stored, Tier, TierStats
+from ..base import CheckReport, Lookup, Stored, Tier, TierStats, require_equally_many
 from ..groups import groups
 from .environment import Environment
-from .layout import Entry, cost, unpack_u64
-from .ledger import Ledger, Value
+from .layout import Entry, cost
+from .ledger import Ledger, Value, count, total
 
 USABLE = 0.8  # of the file; the rest is what LMDB needs to write new trees before it frees the old
 GROUP_BYTES = 64 << 20  # pages written in one transaction, so with one sync
@@ -61,18 +62,23 @@ class DiskTier(Tier):
         self._touched: dict[bytes, None] = {}  # keys used since the last write, latest last
         self._touched_lock = Lock()
         self._evicted = 0
-        if self._env.alone and self._env.file.stat().st_size > size:
-            self._shrink(size)
-        self._env.share()
+        try:
+            if self._env.alone:
+                self._shrink(size)
+            self._env.share()
+        except BaseException as error:
+            self._env.close()
+            if isinstance(error, TierError):
+                raise ConfigError("disk.size", _why_not_smaller(self._env.file, error)) from error
+            raise
         self.capacity = min(self.capacity, int(self._env.map_size * USABLE))
 
     def _shrink(self, size: int) -> None:
-        """The limit was lowered: drop the oldest pages and rewrite the file without them."""
-        with self._env.write() as txn:
-            ledger = Ledger(self._env, txn)
-            ledger.evict_to(self.capacity)
-            ledger.close()
-        self._env.rewrite(size)
+        """If the limit was lowered: drop the oldest pages and rewrite the file without them."""
+        if self.stats().bytes > self.capacity:
+            with self._ledger() as ledger:
+                ledger.evict_to(self.capacity)
+        self._env.resize(size)
 
     def fits(self, page_bytes: int) -> bool:
         return cost(page_bytes, self._env.page) * PAGES_TO_FIT <= self.capacity
@@ -83,6 +89,7 @@ class DiskTier(Tier):
             return [key in here for key in keys]
 
     def get(self, keys: Sequence[bytes], into: PageSegments) -> list[Lookup]:
+        require_equally_many(keys, into)
         outcome = [Lookup.MISS] * len(keys)
         with self._env.read() as txn:
             found = self._find(txn, keys)
@@ -99,70 +106,90 @@ class DiskTier(Tier):
         return outcome
 
     def _find(self, txn: lmdb.Transaction, keys: Sequence[bytes]) -> dict[bytes, _Record]:
-        """What lies under the keys, unverified, in the file's memory. A lost page is an empty one."""
+        """What lies under the keys, unverified, in the file's memory.
+
+        A page that is lost, or not as long as the index says, is an empty one: a damaged length may
+        reach beyond the file, where reading ends the process.
+        """
         index = _get_many(txn, self._env.tables.index, keys)
         data = _get_many(txn, self._env.tables.pages, [key for key in keys if key in index])
-        return {
-            key: _Record(key, data.get(key, b""), Entry.unpack(entry).checksum)
-            for key, entry in index.items()
-        }
+        found = {}
+        for key, packed in index.items():
+            entry, value = Entry.unpack(packed), data.get(key, b"")
+            found[key] = _Record(key, value if len(value) == entry.length else b"", entry.checksum)
+        return found
 
     def put(
         self, keys: Sequence[bytes], pages: PageSegments, checksums: Sequence[int] | None = None
     ) -> list[Stored]:
+        require_equally_many(keys, pages, checksums)
         sizes = pages.page_bytes()
-        if not len(keys) == len(sizes) == len(sizes if checksums is None else checksums):
-            raise ValueError("keys, pages and checksums must be equally many")
-        present = self.exists(keys)
-        self._touch([key for key, here in zip(keys, present, strict=True) if here])
-        outcome = [Stored.PRESENT if here else Stored.REFUSED for here in present]
-        for group in groups([i for i, here in enumerate(present) if not here], sizes, GROUP_BYTES):
-            copies = [bytearray(sizes[i]) for i in group]
-            computed = gather([keys[i] for i in group], pages.select(group), copies)
-            records = [
-                _Record(keys[i], data, checksum)
-                for i, data, checksum in zip(group, copies, computed, strict=True)
-                if checksums is None or checksums[i] == checksum
-            ]
-            stored = self._write(records)
-            for i in group:
-                outcome[i] = Stored.STORED if keys[i] in stored else Stored.REFUSED
-        return outcome
+        before = self.exists(keys)
+        self._touch([key for key, here in zip(keys, before, strict=True) if here])
+        absent = [i for i, here in enumerate(before) if not here]
+        if not absent:
+            return [Stored.PRESENT] * len(keys)
+        chain = dict(zip(keys, sizes, strict=True))
+        parts = list(groups(absent, sizes, GROUP_BYTES))
+        for part in parts:
+            copies = self._allocate([sizes[i] for i in part])
+            computed = gather([keys[i] for i in part], pages.select(part), copies)
+            self._write(
+                [
+                    _Record(keys[i], data, checksum)
+                    for i, data, checksum in zip(part, copies, computed, strict=True)
+                    if checksums is None or checksums[i] == checksum
+                ],
+                chain,
+            )
+        after = self.exists(keys)
+        if len(parts) > 1:  # or the head of the first part would be older than the last part's tail
+            self._touch([key for key, here in zip(keys, after, strict=True) if here])
+        return [
+            Stored.REFUSED if not is_here else Stored.PRESENT if was_here else Stored.STORED
+            for was_here, is_here in zip(before, after, strict=True)
+        ]
 
-    def _write(self, records: list[_Record]) -> set[bytes]:
-        """Write in one transaction, again with more room when there is none; which keys are here now."""
+    def _allocate(self, sizes: Sequence[int]) -> list[bytearray]:
+        try:
+            return [bytearray(size) for size in sizes]
+        except MemoryError as error:
+            raise TierError(self.name, Reason.FULL, "the machine has no memory left") from error
+
+    def _write(self, records: list[_Record], chain: Mapping[bytes, int]) -> None:
+        """Write in one transaction, again with more room when there is none."""
         touched = self._take_touched()
         limit = self.capacity
         for attempt in range(_ROUNDS):
             try:
-                with self._env.write() as txn:
-                    ledger = Ledger(self._env, txn)
-                    for key in touched:
-                        ledger.touch(key)
-                    stored = _insert(ledger, records, limit, self._env.page)
-                    ledger.close()
-                self._evicted += ledger.evicted
-                return stored
+                with self._ledger() as ledger:
+                    ledger.touch_all(touched)
+                    _insert(ledger, records, chain, limit, self._env.page)
+                return
             except TierError as error:
                 if error.reason is not Reason.FULL or attempt == _ROUNDS - 1:
                     raise
             limit = limit * 3 // 4
-            self._evict_to(limit)
+            with self._ledger() as ledger:
+                ledger.touch_all(touched)
+                touched = []
+                _evict_for(ledger, records, chain, limit, self._env.page)
+            with self._ledger():
+                pass  # what a transaction frees, LMDB uses in the second one after it
         raise AssertionError("unreachable: the last round returns or raises")
 
-    def _evict_to(self, limit: int) -> None:
+    @contextmanager
+    def _ledger(self) -> Iterator[Ledger]:
+        """The books of one write transaction; what is done to them counts when the block ends."""
         with self._env.write() as txn:
             ledger = Ledger(self._env, txn)
-            ledger.evict_to(limit)
+            yield ledger
             ledger.close()
         self._evicted += ledger.evicted
 
     def remove(self, keys: Sequence[bytes]) -> int:
-        with self._env.write() as txn:
-            ledger = Ledger(self._env, txn)
-            removed = sum(ledger.remove(key) for key in keys)
-            ledger.close()
-        return removed
+        with self._ledger() as ledger:
+            return sum(ledger.remove(key) for key in keys)
 
     def clear(self, namespace: bytes) -> int:
         with self._env.read() as txn, txn.cursor(db=self._env.tables.index) as cursor:
@@ -175,10 +202,9 @@ class DiskTier(Tier):
     def stats(self) -> TierStats:
         tables = self._env.tables
         with self._env.read() as txn:
-            used = txn.get(b"used", db=tables.meta)
+            used = total(txn, tables, b"used")
             pages = int(txn.stat(tables.index)["entries"])
-        in_bytes = 0 if used is None else unpack_u64(bytes(used))
-        return TierStats(self.name, pages, in_bytes, self.capacity, self._evicted)
+        return TierStats(self.name, pages, used, self.capacity, self._evicted)
 
     def check(self, *, repair: bool = False) -> CheckReport:
         corrupt: list[bytes] = []
@@ -190,7 +216,12 @@ class DiskTier(Tier):
         problems = self._count_problems()
         if repair:
             self.remove(corrupt)
+            self._recount()
         return CheckReport(whole, corrupt, problems)
+
+    def _recount(self) -> None:
+        with self._ledger() as ledger:
+            ledger.recount()
 
     def _batches(self) -> Iterator[list[bytes]]:
         """All keys of the index, some at a time, each batch in a transaction of its own."""
@@ -202,6 +233,8 @@ class DiskTier(Tier):
                 keys = [
                     bytes(key) for key in islice(cursor.iternext(values=False), _CHECKED_AT_ONCE)
                 ]
+            if keys[-1] < after:  # a damaged tree leads backwards, and would for ever
+                raise TierError(self.name, Reason.CORRUPT, "the index is out of order")
             yield keys
             after = keys[-1] + b"\0"
 
@@ -226,9 +259,14 @@ class DiskTier(Tier):
                     ("pages", tables.pages),
                 )
             }
-        if len(set(entries.values())) == 1:
-            return []
-        return [f"the tables hold different numbers of pages: {entries}"]
+            used = total(txn, tables, b"used")
+            counted = count(txn, tables, self._env.page)
+        problems = []
+        if len(set(entries.values())) != 1:
+            problems.append(f"the tables hold different numbers of pages: {entries}")
+        if used != counted:
+            problems.append(f"the pages come to {counted} bytes, but {used} are counted as used")
+        return problems
 
     def close(self) -> None:
         self._env.close()
@@ -248,31 +286,64 @@ class DiskTier(Tier):
         return touched
 
 
-def _insert(ledger: Ledger, records: list[_Record], limit: int, lmdb_page: int) -> set[bytes]:
-    """Insert those that fit, evicting for them; which keys are here now.
+def _why_not_smaller(file: Path, error: TierError) -> str:
+    return (
+        f"{file} could not be brought below it ({error.detail}); give it as much as before, or move "
+        "the file away or delete it"
+    )
+
+
+def _insert(
+    ledger: Ledger,
+    records: list[_Record],
+    chain: Mapping[bytes, int],
+    limit: int,
+    lmdb_page: int,
+) -> None:
+    """Insert those that fit, evicting for them what is oldest, but no page for its descendants.
 
     The last page of the chain is inserted first, so that the head is the most recent.
+
+    Args:
+        chain: keys and lengths of all pages of the batch, of which `records` are some.
     """
-    batch = frozenset(record.key for record in records)
-    fitting = _longest_head(records, limit, lmdb_page)
-    stored = set()
-    for record in reversed(fitting):
-        if not ledger.has(record.key):
-            if not ledger.evict_to(limit - cost(len(record.data), lmdb_page), keep=batch):
-                break
-            ledger.add(*record)
-        stored.add(record.key)
-    return stored
+    keep, fresh, needed = _plan(ledger, records, chain, limit, lmdb_page)
+    ledger.evict_to(limit - needed, keep)
+    fitting = _how_many_fit((len(r.data) for r in fresh), limit - ledger.used, lmdb_page)
+    for record in reversed(fresh[:fitting]):
+        ledger.add(*record)
 
 
-def _longest_head(records: list[_Record], limit: int, lmdb_page: int) -> list[_Record]:
-    """As many of the first records as fit together."""
-    total = 0
-    for n, record in enumerate(records):
-        total += cost(len(record.data), lmdb_page)
-        if total > limit:
-            return records[:n]
-    return records
+def _evict_for(
+    ledger: Ledger,
+    records: list[_Record],
+    chain: Mapping[bytes, int],
+    limit: int,
+    lmdb_page: int,
+) -> None:
+    """Evict what `_insert` would, and at least a quarter of all: the disk has less room than `limit`."""
+    keep, _, needed = _plan(ledger, records, chain, limit, lmdb_page)
+    ledger.evict_to(min(limit - needed, ledger.used * 3 // 4), keep)
+
+
+def _plan(
+    ledger: Ledger,
+    records: list[_Record],
+    chain: Mapping[bytes, int],
+    limit: int,
+    lmdb_page: int,
+) -> tuple[frozenset[bytes], list[_Record], int]:
+    """Which pages of the chain are to be here, which of them are not yet, and the bytes of those."""
+    keep = frozenset(islice(chain, _how_many_fit(chain.values(), limit, lmdb_page)))
+    fresh = {r.key: r for r in records if r.key in keep and not ledger.has(r.key)}
+    needed = sum(cost(len(record.data), lmdb_page) for record in fresh.values())
+    return keep, list(fresh.values()), needed
+
+
+def _how_many_fit(sizes: Iterable[int], limit: int, lmdb_page: int) -> int:
+    """How many of the first pages fit together."""
+    totals = accumulate(cost(size, lmdb_page) for size in sizes)
+    return sum(1 for _ in takewhile(lambda total: total <= limit, totals))
 
 
 def _get_many(

@@ -49,7 +49,7 @@ def test_a_file_of_garbage_stops_the_start_and_stays_as_it_was(model: Path, fold
     file = setup.store / "pages.lmdb"
     file.write_bytes(random.Random(1).randbytes(1 << 20))
     before = file.read_bytes()
-    with pytest.raises(ServerFailed, match="path: .*pages.lmdb belongs to another program"):
+    with pytest.raises(ServerFailed, match=r"path: .*pages\.lmdb belongs to another program"):
         server(model, setup, folder / "garbage.log").start()
     assert file.read_bytes() == before
 

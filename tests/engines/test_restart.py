@@ -21,6 +21,7 @@ from lmcache_sglang.testing.server import SGLangServer
 
 FIRST = prompt(1)
 SALTED = {"cache_salt": "tenant-a"}
+KEYED = {"extra_key": "adapter-a"}  # where SGLang puts the id of a LoRA adapter
 SMALL = ("--max-total-tokens", "1024", "--hicache-ratio", "2", "--enable-metrics")
 
 
@@ -33,7 +34,11 @@ def setup(folder: Path) -> Setup:
 def cold(model: Path, folder: Path, setup: Setup) -> dict[str, Answer]:
     """The answers of an engine with an empty store, stopped afterwards as an operator stops it."""
     with server(model, setup, folder / "cold.log") as engine:
-        answers = {"first": ask(engine, FIRST), "salted": ask(engine, FIRST, **SALTED)}
+        answers = {
+            "first": ask(engine, FIRST),
+            "salted": ask(engine, FIRST, **SALTED),
+            "keyed": ask(engine, FIRST, **KEYED),
+        }
         assert engine.get("/server_info")["hicache_storage_backend"] == "lmcache"
     return answers
 
@@ -50,7 +55,8 @@ def warm(
 
 def test_a_cold_engine_restores_nothing(cold: dict[str, Answer]) -> None:
     assert cold["first"].storage == 0
-    assert cold["salted"].device == cold["salted"].host == cold["salted"].storage == 0
+    for name in ("salted", "keyed"):
+        assert cold[name].device == cold[name].host == cold[name].storage == 0
 
 
 def test_a_restart_restores_the_prefix_and_gives_the_same_tokens(
@@ -62,13 +68,25 @@ def test_a_restart_restores_the_prefix_and_gives_the_same_tokens(
     assert answer.backend == "lmcache"
 
 
-def test_a_salted_prefix_is_restored_to_its_own_salt_only(
-    warm: SGLangServer, cold: dict[str, Answer]
+@pytest.mark.parametrize(
+    ("name", "own", "other"),
+    [
+        ("salted", SALTED, {"cache_salt": "tenant-b"}),
+        ("keyed", KEYED, {"extra_key": "adapter-b"}),
+    ],
+)
+def test_a_prefix_of_one_tenant_or_adapter_is_restored_to_no_other(
+    warm: SGLangServer,
+    cold: dict[str, Answer],
+    name: str,
+    own: dict[str, str],
+    other: dict[str, str],
 ) -> None:
-    assert ask(warm, FIRST, cache_salt="tenant-b").storage == 0
-    answer = ask(warm, FIRST, **SALTED)
+    """LoRA itself does not run on CPU (SGLang pins memory for it); its id goes the way of extra_key."""
+    assert ask(warm, FIRST, **other).storage == 0
+    answer = ask(warm, FIRST, **own)
     assert answer.storage >= 0.95 * whole_pages(FIRST)
-    assert answer.tokens == cold["salted"].tokens
+    assert answer.tokens == cold[name].tokens
 
 
 def test_a_prefix_evicted_from_device_and_host_is_restored(warm: SGLangServer) -> None:

@@ -10,6 +10,7 @@ SGLang's own variable; where it is not 1, nothing here is imported and nothing i
     torchvision, sgl_kernel             `finder`: importable, not callable; for every process of the
                                         environment, through one .pth line written by `install`
     the copies of sgl_kernel.kvcacheio  `transfer`: the same in torch
+    attention of new tokens only        `attention`: stock computes the cached ones again
     pinned host memory                  `plugin`: plain memory
     memory for two pools in one machine `plugin`: a small device pool unless a size is given, and a
                                         reserve of one gigabyte instead of ten

@@ -63,6 +63,12 @@ def _register_hooks() -> None:
     bind = "sglang.srt.utils.numa_utils.init_threads_binding"
     HookRegistry.register(bind, _bind_where_it_counts, HookType.AROUND)
 
+    # Without it torch_native_backend.py computes the attention of cached tokens again: a hit on 4,300
+    # tokens costs 6.3 s instead of 0.4, and no time measured on CPU says anything about the cache.
+    from lmcache_sglang.testing.sglang_cpu import attention
+
+    HookRegistry.register(attention.EXTEND, attention.extend, HookType.AROUND)
+
 
 def _without_pinning(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, kwargs | {"pin_memory": False}

@@ -1,0 +1,42 @@
+# Two commands: `make demo` and `make test`. Both set up what they need and can be run again.
+.DEFAULT_GOAL := help
+VENV := .venv-sglang
+BIN := $(VENV)/bin
+CPP := $(wildcard kernels/csrc/*.cpp kernels/csrc/*.hpp)
+
+.PHONY: help demo test test-quick lint format venv bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: ## a real model behind SGLang, restarted warm (MODEL=path takes another model)
+	@examples/demo/demo.sh $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+test: venv ## all tests, real engines included
+	$(BIN)/python -m pytest $(ARGS)
+
+test-quick: venv ## all tests that start no engine
+	$(BIN)/python -m pytest -m "not engine" $(ARGS)
+
+lint: venv ## ruff, mypy --strict, import-linter, clang-format
+	@.ci/tools.sh $(VENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: venv ## put every file into its form
+	@.ci/tools.sh $(VENV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+venv: ## the environment of all this: SGLang for CPU and this checkout, in .venv-sglang
+	@lmcache_sglang/testing/sglang_cpu/make_venv.sh $(VENV)
+
+bench: ## benchmarks come with the storage engine
+	@echo "There is no benchmark yet: this version's store is a first one, small and correct."; exit 1
+
+clean: ## remove what was built and downloaded here
+	rm -rf .venv-sglang .venv-gpu .cache build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,254 @@
+"""SGLang's own host pools, small, on CPU, in this process; and backends over them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from lmcache_sglang.config import Config
+from lmcache_sglang.hicache.identity import ModelIdentity
+from lmcache_sglang.store import open_chain, require_room
+from lmcache_sglang.testing.sglang_cpu.config import VARIABLE
+from lmcache_sglang.testing.sglang_cpu.finder import install
+
+if TYPE_CHECKING:
+    from lmcache_sglang.hicache.backend import LMCacheBackend
+
+CPU = torch.device("cpu")
+LAYERS = 3
+HOST_BUDGET = 1 << 30  # SGLang wants ten gigabytes free beside a pool, unless it is told a budget
+
+
+@pytest.fixture(scope="session")
+def sglang() -> Iterator[None]:
+    """SGLang can be imported. Its imports on CPU stand on this variable and on these stand-ins.
+
+    Processes of the project's environment have both from their start; here it may be too late.
+    """
+    if find_spec("sglang") is None:
+        pytest.skip("SGLang is not installed here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "1")
+        install()
+        with warnings.catch_warnings(action="ignore"):  # torch's and SGLang's own, of their imports
+            import_module("sglang.srt.mem_cache.memory_pool_host")
+            import_module("sglang.srt.mem_cache.storage")
+        yield
+
+
+@pytest.fixture
+def make_pool(sglang: None) -> Callable[..., Any]:
+    return _make_pool
+
+
+def _make_pool(
+    kind: str,
+    *,
+    pages: int = 8,
+    page_size: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 8,
+) -> Any:
+    """A host pool. Args: kind: "<device pool> <layout>", as in test_backend.KINDS."""
+    from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
+
+    device_pool, layout = kind.split()
+    size: dict[str, Any] = {
+        "dtype": dtype,
+        "layout": layout,
+        "page_size": page_size,
+        "tokens": page_size * pages,
+    }
+    with host_memory_budget_scope(HOST_BUDGET):
+        match device_pool:
+            case "mha":
+                return _mha(head_dim, head_dim, **size)
+            case "wide":
+                return _mha(head_dim, head_dim // 2, **size)
+            case "mla":
+                return _mla(indexed=False, **size)
+            case "dsa":
+                return _mla(indexed=True, **size)
+    raise ValueError(kind)
+
+
+def _mha(
+    k_width: int, v_width: int, dtype: torch.dtype, layout: str, page_size: int, tokens: int
+) -> Any:
+    from sglang.srt.mem_cache.device_pool_info import KVBufferLayout, KVBuffers, MHABufferInfo
+    from sglang.srt.mem_cache.pool_host.mha import get_mha_host_pool_cls
+
+    heads = 2
+    k, v = (
+        tuple(torch.empty(page_size, heads, width, dtype=dtype) for _ in range(LAYERS))
+        for width in (k_width, v_width)
+    )
+    buffers = KVBuffers(
+        k=k,
+        v=v,
+        k_data_ptrs=_addresses(k),
+        v_data_ptrs=_addresses(v),
+        layout=KVBufferLayout.NHD,
+    )
+    info = MHABufferInfo(
+        buffers=buffers,
+        page_size=page_size,
+        head_num=heads,
+        head_dim=k_width,
+        v_head_dim=v_width,
+        dtype=dtype,
+        device=CPU,
+    )
+    return get_mha_host_pool_cls(info)(
+        info,
+        host_to_device_ratio=1.0,
+        host_size=0,
+        page_size=page_size,
+        layout=layout,
+        pin_memory=False,
+        device_capacity_tokens=page_size,
+        start_layer=0,
+        end_layer=LAYERS,
+        host_token_capacity=tokens,
+    )
+
+
+def _mla(indexed: bool, dtype: torch.dtype, layout: str, page_size: int, tokens: int) -> Any:
+    from sglang.srt.mem_cache.device_pool_info import MLABufferInfo, MLASplitBuffers
+    from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
+
+    rank, rope, index = 16, 8, 4
+    rows = tuple(torch.empty(page_size, 1, rank + rope, dtype=dtype) for _ in range(LAYERS))
+    split = MLASplitBuffers(
+        k=torch.empty(LAYERS, 1, page_size, 1, rank, dtype=dtype),
+        v=torch.empty(LAYERS, 1, page_size, 1, rope, dtype=dtype),
+        index_k=torch.empty(LAYERS - 1, 1, page_size, 1, index, dtype=dtype) if indexed else None,
+        index_scales=torch.empty(LAYERS - 1, 1, page_size, 1, 1) if indexed else None,
+        index_layer_indices=tuple(range(LAYERS - 1)) if indexed else (),
+        k_width=rank,
+        v_width=rope,
+        index_width=index,
+    )
+    is_split = layout == "page_first_kv_split"
+    info = MLABufferInfo(
+        buffers=split if is_split else rows,
+        data_ptrs=None if is_split else _addresses(rows),
+        layer_indices=tuple(range(LAYERS)),
+        device_layer_num=LAYERS,
+        page_size=page_size,
+        kv_lora_rank=rank,
+        qk_rope_head_dim=rope,
+        kv_cache_dim=rank + rope,
+        dtype=dtype,
+        device=CPU,
+    )
+    return MLATokenToKVPoolHost(
+        info,
+        host_to_device_ratio=1.0,
+        host_size=0,
+        page_size=page_size,
+        layout=layout,
+        pin_memory=False,
+        device_capacity_tokens=page_size,
+        start_layer=0,
+        end_layer=LAYERS,
+        target_layer_num=LAYERS,
+        host_token_capacity=tokens,
+    )
+
+
+def _addresses(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.uint64)
+
+
+class Backends:
+    """Makes backends over one store directory, each for a pool."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._made: list[LMCacheBackend] = []
+
+    def open(
+        self,
+        pool: Any,
+        *,
+        model: str = "model",
+        metrics: Callable[[], Any] | None = None,
+        cpu: object = "8MiB",
+        disk: object = "32MiB",
+        beside: LMCacheBackend | None = None,
+        **sharding: Any,
+    ) -> LMCacheBackend:
+        """A backend as SGLang has it once it serves.
+
+        Args:
+            beside: share the open store of this one; LMDB opens a file once in a process.
+        """
+        backend = self.make(
+            model=model, metrics=metrics, cpu=cpu, disk=disk, beside=beside, **sharding
+        )
+        backend.register_mem_pool_host(pool)
+        return backend
+
+    def make(
+        self,
+        *,
+        model: str = "model",
+        metrics: Callable[[], Any] | None = None,
+        cpu: object = "8MiB",
+        disk: object = "32MiB",
+        beside: LMCacheBackend | None = None,
+        **sharding: Any,
+    ) -> LMCacheBackend:
+        """A backend that has no pool yet."""
+        from lmcache_sglang.hicache.backend import LMCacheBackend
+
+        settings = {"path": self.path, "cpu": {"size": cpu}, "disk": {"size": disk}}
+        chain = beside._chain if beside else open_chain(Config.of(settings))
+        identity = ModelIdentity(name=model, fingerprint="f", kv_dtype="auto", settings={})
+        backend = LMCacheBackend(
+            _storage_config(**sharding), identity, chain, require_room, metrics
+        )
+        self._made.append(backend)
+        return backend
+
+    def close(self) -> None:
+        for backend in self._made:
+            backend.close()
+
+
+@pytest.fixture
+def storage_config(sglang: None) -> Callable[..., Any]:
+    return _storage_config
+
+
+def _storage_config(**changed: Any) -> Any:
+    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+
+    alone: dict[str, Any] = {
+        "tp_rank": 0,
+        "tp_size": 1,
+        "pp_rank": 0,
+        "pp_size": 1,
+        "attn_cp_rank": 0,
+        "attn_cp_size": 1,
+        "is_mla_model": False,
+        "enable_storage_metrics": False,
+        "is_page_first_layout": True,
+        "model_name": "model",
+    }
+    return HiCacheStorageConfig(**alone | changed)
+
+
+@pytest.fixture
+def backends(sglang: None, tmp_path: Path) -> Iterator[Backends]:
+    made = Backends(tmp_path / "store")
+    yield made
+    made.close()

@@ -1,0 +1,147 @@
+"""What the running SGLang is asked about its model, through SGLang's own published settings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcache_sglang.hicache.engine import model_identity, ranks_on_this_node
+
+Serving = Callable[..., AbstractContextManager[Any]]
+
+
+@pytest.fixture
+def serving(sglang: None) -> Serving:
+    """A context in which this process serves with the given `ServerArgs` fields."""
+    from sglang.srt.runtime_context import get_context
+
+    def with_fields(**fields: Any) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = get_context().override_server_args(**fields)
+        return context
+
+    return with_fields
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.bin").write_bytes(bytes(range(256)) * 8)
+    return folder
+
+
+def test_a_model_is_known_by_its_name_and_its_weights(serving: Serving, model: Path) -> None:
+    with serving(model_path=str(model)):
+        before = model_identity("as-served")
+        (model / "model.bin").write_bytes(bytes(256) * 8)
+        after = model_identity("as-served")
+    assert before.name == after.name == "as-served"
+    assert before.fingerprint != after.fingerprint
+
+
+def test_a_model_without_a_name_goes_by_its_path(serving: Serving, model: Path) -> None:
+    with serving(model_path=str(model)):
+        assert model_identity(None).name == str(model)
+        assert model_identity("").name == str(model)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"dtype": "float16"},
+        {"kv_cache_dtype": "fp8_e5m2"},
+        {"quantization": "fp8"},
+        {"quantization_param_path": "/scales.json"},
+        {"json_model_override_args": '{"rope_theta": 1}'},
+        {"load_format": "dummy"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_setting_that_changes_the_answers_is_another_model(
+    changed: dict[str, str], serving: Serving, model: Path
+) -> None:
+    with serving(model_path=str(model)):
+        plain = model_identity("m")
+    with serving(model_path=str(model), **changed):
+        assert model_identity("m") != plain
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"load_format": "safetensors"}, {"tp_size": 4}, {"port": 4242}, {"max_total_tokens": 100}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_setting_that_changes_no_answer_keeps_the_pages(
+    changed: dict[str, Any], serving: Serving, model: Path
+) -> None:
+    with serving(model_path=str(model)):
+        plain = model_identity("m")
+    with serving(model_path=str(model), **changed):
+        assert model_identity("m") == plain
+
+
+def test_every_setting_asked_for_is_one_that_sglang_has(serving: Serving, model: Path) -> None:
+    from lmcache_sglang.hicache.engine import _SETTINGS
+
+    with serving(model_path=str(model)):
+        assert set(model_identity("m").settings) == set(_SETTINGS)
+
+
+def test_weights_that_cannot_be_looked_at_are_said_so_and_told_apart_by_name(
+    serving: Serving, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = [str(tmp_path / "empty"), "nobody/no-such-model", "s3://bucket/model"]
+    seen = set()
+    for place in places:
+        for revision in (None, "v2"):
+            with serving(model_path=place, revision=revision):
+                seen.add(model_identity("m").fingerprint)
+            assert place in caplog.text
+    assert len(seen) == 2 * len(places)
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2 * len(places)
+    assert "clear the store" in warnings[0].getMessage()
+
+
+def test_a_model_by_its_hub_name_is_looked_up_on_this_machine_only(
+    serving: Serving, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with serving(model_path="org/name", revision="v2"):
+        by_name = model_identity("m")
+    with serving(model_path=str(model)):
+        assert by_name == model_identity("m")
+    assert asked == [("org/name", {"revision": "v2", "local_files_only": True})]
+
+
+@pytest.mark.parametrize(
+    ("fields", "ranks"),
+    [
+        ({}, 1),
+        ({"tp_size": 4}, 4),
+        ({"tp_size": 4, "pp_size": 2}, 8),
+        ({"tp_size": 2, "dp_size": 3}, 6),  # replicas: each has ranks of its own
+        ({"tp_size": 4, "attn_dp_size": 4}, 4),  # groups within the ranks
+        ({"tp_size": 16, "nnodes": 2}, 8),
+        ({"tp_size": 1, "nnodes": 2}, 1),
+    ],
+    ids=str,
+)
+def test_every_process_that_shares_the_memory_is_counted(
+    fields: dict[str, int], ranks: int, serving: Serving
+) -> None:
+    with serving(**fields):
+        assert ranks_on_this_node() == ranks

@@ -1,0 +1,600 @@
+"""The flag, on the real SGLang: nothing without it, everything with it, and clear words in between.
+
+Hooks are for a whole process and for good. So one process imports SGLang, which is slow, and each
+scenario runs in a fork of it, where the plug-in is loaded as SGLang loads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import dedent
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lmcache_sglang import sglang_plugin
+from lmcache_sglang.config import ENVIRONMENT
+from lmcache_sglang.sglang_plugin import FLAG, NAME, SEAMS, TESTED
+from lmcache_sglang.testing.sglang_cpu.config import VARIABLE
+
+RESOLVE = "sglang.srt.server_args.ServerArgs.resolve_once"
+CHOICES = "sglang.srt.server_args.ServerArgs.add_cli_args"
+
+needs_sglang = pytest.mark.skipif(
+    find_spec("sglang") is None, reason="SGLang is not installed here"
+)
+
+# Reads a scenario a line, prints the JSON of what it left in `result`. `model` is a path.
+FORK_SERVER = """
+import json, logging, os, pickle, pkgutil, sys, traceback
+from argparse import ArgumentParser
+from types import SimpleNamespace
+
+import sglang.srt.managers.cache_controller
+import sglang.srt.mem_cache.storage.backend_factory
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import ServerArgs
+from lmcache_sglang import sglang_plugin
+
+said = []
+
+class Listener(logging.Handler):
+    def emit(self, record):
+        said.append([record.levelname, record.name, record.getMessage()])
+
+def args(**fields):
+    return ServerArgs(model_path=model, device="cpu", random_seed=1, **fields)
+
+def resolve(server_args):
+    "The resolved settings, or the error, as the parent process of an engine meets it."
+    try:
+        server_args.resolve_once()
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"settings": server_args.resolved_dict()}
+
+def choices():
+    parser = ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    flag = "--hicache-storage-backend"
+    return next(a.choices for a in parser._actions if flag in a.option_strings)
+
+def run(scenario):
+    os.environ.update(scenario["env"])
+    logging.getLogger().addHandler(Listener())
+    logging.getLogger().setLevel(logging.INFO)
+    names = dict(globals())
+    exec(scenario["code"], names)
+    return {"result": names["result"], "said": said}
+
+for line in sys.stdin:
+    ours, theirs = os.pipe()
+    if os.fork() == 0:
+        try:
+            answer = run(json.loads(line))
+        except BaseException:
+            answer = {"crash": traceback.format_exc()}
+        with open(theirs, "w") as pipe:
+            json.dump(answer, pipe, default=str)
+        os._exit(0)
+    os.close(theirs)
+    with open(ours) as pipe:
+        print(pipe.read(), flush=True)
+    os.wait()
+"""
+
+Scenario = Callable[..., Any]
+
+
+class Answer:
+    """What a scenario left behind."""
+
+    def __init__(self, result: Any, said: list[tuple[str, str, str]]) -> None:
+        self.result = result
+        self.said = said  # level, logger and text of each message
+
+    def ours(self, *levels: str) -> list[str]:
+        """Messages of this package."""
+        return [
+            text
+            for level, name, text in self.said
+            if name.startswith("lmcache_sglang.sglang_plugin") and level in levels
+        ]
+
+
+@pytest.fixture(scope="module")
+def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
+    """Runs code in a process with SGLang; `plugins` are those that SGLang may load."""
+    folder = tmp_path_factory.mktemp("plugin")
+    log = (folder / "stderr.log").open("w")
+    code = f"model = {str(tiny_config(folder / 'model'))!r}\n{FORK_SERVER}"
+    ours = {VARIABLE: "1", "XDG_CACHE_HOME": str(folder / "cache"), ENVIRONMENT: ""}
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=os.environ | ours,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    asked, answered = server.stdin, server.stdout
+
+    def run(code: str, plugins: str = NAME, **env: str) -> Answer:
+        request = {"code": dedent(code), "env": {"SGLANG_PLUGINS": plugins} | env}
+        asked.write(json.dumps(request) + "\n")
+        asked.flush()
+        answer = json.loads(answered.readline() or '{"crash": "the process is gone"}')
+        assert "crash" not in answer, answer["crash"] + Path(log.name).read_text()[-2000:]
+        return Answer(answer["result"], answer["said"])
+
+    with log, server:
+        yield run
+        asked.close()
+
+
+def tiny_config(folder: Path) -> Path:
+    """A model as far as settings are concerned."""
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# --- with the flag ---
+
+
+def test_sglang_finds_the_plug_in() -> None:
+    (found,) = entry_points(group="sglang.srt.plugins", name=NAME)
+    assert found.load() is sglang_plugin.activate
+
+
+@needs_sglang
+def test_the_flag_accepts_the_name_and_keeps_all_others(scenario: Scenario) -> None:
+    without = scenario("load_plugins(); result = choices()", plugins="none").result
+    with_it = scenario("load_plugins(); result = choices()").result
+    assert NAME not in without
+    assert with_it == [*without, NAME]
+
+
+@needs_sglang
+def test_the_flag_alone_turns_the_hierarchical_cache_on(scenario: Scenario) -> None:
+    answer = scenario(
+        """
+        load_plugins()
+        result = resolve(args(hicache_storage_backend="lmcache"))["settings"]
+        """
+    )
+    assert answer.result["enable_hierarchical_cache"] is True
+    assert answer.result["hicache_storage_backend"] == NAME
+    assert answer.ours("WARNING", "ERROR") == []
+
+
+@needs_sglang
+def test_the_flag_does_not_turn_it_on_where_a_decode_engine_has_it_off(scenario: Scenario) -> None:
+    answer = scenario(
+        """
+        load_plugins()
+        seen = SimpleNamespace(
+            hicache_storage_backend="lmcache",
+            hicache_storage_backend_extra_config=None,
+            enable_hierarchical_cache=False,
+            disaggregation_mode="decode",
+        )
+        sglang_plugin._prepare(seen)
+        result = seen.enable_hierarchical_cache
+        """
+    )
+    assert answer.result is False
+
+
+@needs_sglang
+@pytest.mark.parametrize(
+    ("backend", "layout", "io", "becomes"),
+    [
+        ("lmcache", "layer_first", "kernel", "page_first"),
+        ("mooncake", "layer_first", "kernel", "page_first"),
+        ("lmcache", "layer_first", "direct", "page_first_direct"),
+        ("mooncake", "layer_first", "direct", "page_first_direct"),
+        ("lmcache", "layer_first", "kernel_ascend", "layer_first"),
+        ("mooncake", "layer_first", "kernel_ascend", "layer_first"),
+        ("lmcache", "page_first", "kernel", "page_first"),
+        ("lmcache", "page_first", "direct", "page_first_direct"),  # SGLang's own rule
+        ("lmcache", "page_head", "kernel", "page_head"),
+        ("file", "layer_first", "kernel", "layer_first"),
+        ("file", "layer_first", "direct", "layer_first"),
+        (None, "layer_first", "kernel", "layer_first"),
+    ],
+)
+def test_the_layout_becomes_what_it_becomes_for_mooncake(
+    backend: str | None, layout: str, io: str, becomes: str, scenario: Scenario
+) -> None:
+    answer = scenario(
+        f"""
+        load_plugins()
+        result = resolve(args(
+            enable_hierarchical_cache=True, hicache_storage_backend={backend!r},
+            hicache_mem_layout={layout!r}, hicache_io_backend={io!r},
+        ))["settings"]
+        """
+    )
+    assert answer.result["hicache_mem_layout"] == becomes
+    assert answer.result["hicache_io_backend"] == io
+    changed_by_us = backend == NAME and layout == "layer_first" and becomes != layout
+    assert bool(answer.ours("WARNING")) == changed_by_us
+
+
+@needs_sglang
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ('{"pth": "/a"}', "did you mean path?"),
+        ('{"cpu": {"size": "lots"}}', "cpu.size"),
+        ("{", "--hicache-storage-backend-extra-config"),
+        ("@/no/such/file.yaml", "/no/such/file.yaml"),
+        ('{"cpu": {"size": 0}, "disk": {"size": 0}}', "disk.size"),
+    ],
+)
+def test_a_mistake_in_the_settings_stops_the_parent_before_any_process_starts(
+    extra: str, says: str, scenario: Scenario
+) -> None:
+    answer = scenario(
+        f"""
+        load_plugins()
+        flags = dict(hicache_storage_backend_extra_config={extra!r})
+        result = resolve(args(hicache_storage_backend="lmcache", **flags))
+        """
+    )
+    assert answer.result["error"] == "ConfigError"
+    assert says in answer.result["message"]
+
+
+@needs_sglang
+def test_a_mistake_in_our_own_file_stops_the_parent_too(scenario: Scenario, tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("pth: /a\n")
+    code = 'load_plugins(); result = resolve(args(hicache_storage_backend="lmcache"))'
+    answer = scenario(code, **{ENVIRONMENT: str(file)})
+    assert answer.result["error"] == "ConfigError"
+
+
+@needs_sglang
+def test_keys_of_sglang_pass_beside_ours(scenario: Scenario) -> None:
+    extra = '{"prefetch_threshold": 64, "tp_lcm_size": 8, "cpu": {"size": "1GiB"}}'
+    answer = scenario(
+        f"""
+        load_plugins()
+        flags = dict(hicache_storage_backend_extra_config={extra!r})
+        result = resolve(args(hicache_storage_backend="lmcache", **flags))
+        """
+    )
+    assert answer.result["settings"]["hicache_storage_backend_extra_config"] == extra
+
+
+ADAPTERS = """
+from pathlib import Path
+def adapter_ids(**flags):
+    server_args = args(
+        enable_lora=True, lora_paths=["one=" + adapter], max_lora_rank=8,
+        lora_target_modules=["q_proj"], **flags,
+    )
+    server_args.resolve_once()
+    server_args.check_server_args()  # which gives adapters their ids
+    return [ref["lora_id"] for ref in server_args.resolved_dict()["lora_paths"]]
+weights = Path(adapter) / "adapter_model.safetensors"
+"""
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> str:
+    """A LoRA adapter as far as its identity is concerned; the start of a scenario that uses it."""
+    (tmp_path / "adapter_config.json").write_text('{"r": 8, "target_modules": ["q_proj"]}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    return f"adapter = {str(tmp_path)!r}\n{ADAPTERS}"
+
+
+@needs_sglang
+def test_an_adapter_trained_anew_under_its_old_path_is_another_one(
+    scenario: Scenario, adapter: str
+) -> None:
+    """Its pages lie under its id; SGLang's own knows only the name and the path."""
+    answer = scenario(
+        f"""{adapter}
+load_plugins()
+before = adapter_ids(hicache_storage_backend="lmcache")
+again = adapter_ids(hicache_storage_backend="lmcache")
+weights.write_bytes(b"trained more")
+result = [before, again, adapter_ids(hicache_storage_backend="lmcache")]
+"""
+    )
+    before, again, after = answer.result
+    assert before == again
+    assert before != after
+    assert len(before) == len(after) == 1
+
+
+@needs_sglang
+def test_adapters_keep_sglangs_id_without_the_flag(scenario: Scenario, adapter: str) -> None:
+    code = f"{adapter}\nload_plugins(); result = adapter_ids()"
+    assert scenario(code).result == scenario(code, plugins="none").result
+
+
+@needs_sglang
+def test_the_factory_makes_our_backend_for_our_name_only(scenario: Scenario) -> None:
+    """The seam of start and of the admin route alike."""
+    answer = scenario(
+        """
+        load_plugins()
+        from sglang.srt.mem_cache.storage import StorageBackendFactory
+        made = []
+        sglang_plugin.create_backend = lambda config: made.append(config) or "ours"
+        class Theirs:
+            def __init__(self, *given): self.given = given
+        create = StorageBackendFactory._create_builtin_backend
+        result = [
+            StorageBackendFactory.create_backend("lmcache", "config", "pool"),
+            made,
+            type(create("file", Theirs, "config", "pool")).__name__,
+            create("mooncake", Theirs, "config", "pool").given,
+        ]
+        """
+    )
+    assert answer.result == ["ours", ["config"], "Theirs", ["config", "pool"]]
+
+
+@needs_sglang
+def test_attaching_selects_the_zero_copy_calls(scenario: Scenario) -> None:
+    """At the start and on the admin route; SGLang itself would have chosen the generic ones."""
+    answer = scenario(
+        """
+        from sglang.srt.managers.cache_controller import HiCacheController
+        def attach(self, storage_backend, prefetch_threshold=256, **more):
+            self.storage_backend_type = storage_backend
+            self.page_get_func, self.page_set_func = self._generic_page_get, self._generic_page_set
+        HiCacheController.attach_storage_backend = attach
+        load_plugins()
+        def attached(name):
+            controller = object.__new__(HiCacheController)
+            controller.attach_storage_backend(storage_backend=name, model_name="m")
+            return [controller.page_get_func.__name__, controller.page_set_func.__name__]
+        result = [attached("lmcache"), attached("dynamic")]
+        """
+    )
+    ours, theirs = answer.result
+    assert ours == ["_page_get_zero_copy", "_page_set_zero_copy"]
+    assert theirs == ["_generic_page_get", "_generic_page_set"]
+
+
+@needs_sglang
+def test_activating_twice_is_activating_once(scenario: Scenario) -> None:
+    answer = scenario(
+        """
+        sglang_plugin.activate()
+        load_plugins()
+        sglang_plugin.activate()
+        HookRegistry.apply_hooks()
+        result = [choices(), resolve(args(
+            hicache_storage_backend="lmcache", hicache_mem_layout="layer_first"
+        ))["settings"]["hicache_mem_layout"]]
+        """
+    )
+    offered, layout = answer.result
+    assert offered.count(NAME) == 1
+    assert layout == "page_first"
+    assert len(answer.ours("WARNING")) == 1
+
+
+# --- without the flag ---
+
+
+@needs_sglang
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"enable_hierarchical_cache": True},
+        {
+            "enable_hierarchical_cache": True,
+            "hicache_storage_backend": "file",
+            "hicache_mem_layout": "layer_first",
+        },
+        {
+            "enable_hierarchical_cache": True,
+            "hicache_storage_backend": "mooncake",
+            "hicache_storage_backend_extra_config": '{"not": "ours"}',
+        },
+    ],
+    ids=["plain", "hicache", "file", "mooncake"],
+)
+def test_nothing_changes_for_who_does_not_use_the_flag(
+    fields: dict[str, Any], scenario: Scenario
+) -> None:
+    code = f"load_plugins(); result = resolve(args(**{fields!r}))['settings']"
+    with_it = scenario(code, **{ENVIRONMENT: "/no/such/file"})  # which would stop who uses it
+    without = scenario(code, plugins="none")
+    assert with_it.result == without.result
+    assert len(with_it.result) > 100
+    assert with_it.ours("WARNING", "ERROR", "INFO") == []
+
+
+# --- another SGLang ---
+
+
+@needs_sglang
+def test_every_seam_is_there_in_the_version_that_was_tested(scenario: Scenario) -> None:
+    answer = scenario("result = [sglang_plugin.missing_seams(), sglang_plugin.version('sglang')]")
+    missing, running = answer.result
+    assert missing == []
+    assert running in TESTED
+
+
+@needs_sglang
+def test_nothing_is_hooked_that_is_not_looked_for_first(scenario: Scenario) -> None:
+    answer = scenario("sglang_plugin.activate(); result = sorted(HookRegistry._hooks)")
+    assert len(answer.result) >= 5
+    assert set(answer.result) <= set(SEAMS)
+
+
+@needs_sglang
+@pytest.mark.parametrize("seam", SEAMS)
+def test_a_missing_seam_stops_who_uses_the_flag_and_nobody_else(
+    seam: str, scenario: Scenario
+) -> None:
+    answer = scenario(
+        f"""
+        seam = {seam!r}
+        owner, name = pkgutil.resolve_name(seam.rpartition(".")[0]), seam.rpartition(".")[2]
+        kept = getattr(owner, name)
+        delattr(owner, name)
+        sglang_plugin.activate()
+        hooked = sorted(HookRegistry._hooks)
+        from sglang.srt.mem_cache.storage import StorageBackendFactory
+        registered = "lmcache" in StorageBackendFactory._registry
+        setattr(owner, name, kept)  # SGLang itself could not run without it
+        HookRegistry.apply_hooks()
+        result = [
+            resolve(args(hicache_storage_backend="lmcache")),
+            resolve(args(enable_hierarchical_cache=True)),
+            hooked,
+            registered,
+        ]
+        """
+    )
+    with_flag, without_flag, hooked, registered = answer.result
+    assert "settings" in without_flag
+    assert not registered
+    assert set(hooked) == {CHOICES, RESOLVE} - {seam}
+    if seam == RESOLVE:  # then only the log can say it, and SGLang refuses the name by itself
+        (said,) = answer.ours("ERROR")
+    else:
+        assert with_flag["error"] == "UnsupportedEngineError"
+        said = with_flag["message"]
+    assert seam in said
+    assert f"tested on SGLang {', '.join(TESTED)}" in said
+
+
+@needs_sglang
+def test_a_module_that_is_gone_is_a_missing_seam(scenario: Scenario) -> None:
+    answer = scenario(
+        """
+        sys.modules["sglang.srt.arg_groups.hicache_hook"] = None
+        result = sglang_plugin.missing_seams()
+        """
+    )
+    assert answer.result == [
+        "sglang.srt.arg_groups.hicache_hook.resolve_storage_layout_compatibility"
+    ]
+
+
+@needs_sglang
+def test_an_untested_version_is_warned_of_once_and_goes_on(scenario: Scenario) -> None:
+    answer = scenario(
+        """
+        sglang_plugin.version = lambda name: "0.5.99"
+        load_plugins()
+        flags = args(hicache_storage_backend="lmcache")
+        parent = resolve(flags)["settings"]
+        child = resolve(pickle.loads(pickle.dumps(flags)))["settings"]
+        result = [parent == child, parent["hicache_storage_backend"]]
+        """
+    )
+    assert answer.result == [True, NAME]
+    (warning,) = answer.ours("WARNING")
+    assert "0.5.99" in warning
+    assert TESTED[0] in warning
+
+
+@needs_sglang
+def test_an_untested_version_is_nothing_to_who_does_not_use_the_flag(scenario: Scenario) -> None:
+    answer = scenario(
+        """
+        sglang_plugin.version = lambda name: "0.5.99"
+        load_plugins()
+        result = resolve(args(enable_hierarchical_cache=True))
+        """
+    )
+    assert "settings" in answer.result
+    assert answer.ours("WARNING", "ERROR", "INFO") == []
+
+
+# --- the hooks by themselves ---
+
+
+def test_zero_copy_is_selected_for_our_name_only() -> None:
+    def controller(backend: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            storage_backend_type=backend,
+            page_get_func="generic get",
+            page_set_func="generic set",
+            _page_get_zero_copy="zero-copy get",
+            _page_set_zero_copy="zero-copy set",
+        )
+
+    ours, theirs = controller(NAME), controller("dynamic")
+    for each in (ours, theirs):
+        sglang_plugin._select_zero_copy(None, each, each.storage_backend_type, model_name="m")
+    assert (ours.page_get_func, ours.page_set_func) == ("zero-copy get", "zero-copy set")
+    assert (theirs.page_get_func, theirs.page_set_func) == ("generic get", "generic set")
+
+
+def test_a_call_that_has_grown_still_reaches_the_backend_it_was_for() -> None:
+    """Another SGLang may pass more; who uses another backend must not notice us."""
+
+    def original(*given: object, **named: object) -> object:
+        return given, named
+
+    given = (type, "file", object, "config", "pool", "more")
+    assert sglang_plugin._create(original, *given, new=1) == (given, {"new": 1})
+
+
+@pytest.mark.parametrize("hook", [sglang_plugin._prepare, sglang_plugin._select_zero_copy])
+def test_settings_without_the_field_are_not_ours(hook: Callable[..., None]) -> None:
+    """Another SGLang may have renamed it; then nobody can use the flag, and all others go on."""
+    first = () if hook is sglang_plugin._prepare else (None,)
+    hook(*first, SimpleNamespace(), "more", new=1)
+
+
+def test_only_the_flags_own_choices_grow() -> None:
+    parser = ArgumentParser()
+    flag = parser.add_argument(FLAG, choices=["file"])
+    other = parser.add_argument("--other", choices=["file"])
+    free = parser.add_argument("--free")
+    sglang_plugin._add_choice(None, parser)
+    sglang_plugin._add_choice(None, parser)
+    assert flag.choices == ["file", NAME]
+    assert other.choices == ["file"]
+    assert free.choices is None
+
+
+def test_a_flag_that_takes_any_name_is_left_alone() -> None:
+    parser = ArgumentParser()
+    flag = parser.add_argument(FLAG)
+    sglang_plugin._add_choice(None, parser)
+    assert flag.choices is None
+
+
+def test_the_refusal_names_the_seams_and_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang_plugin, "version", {"sglang": "9.9", "lmcache-sglang": "0.1"}.get)
+    message = sglang_plugin.unsupported(["a.b", "c.d"])
+    for part in ("9.9", "0.1", "a.b, c.d", TESTED[0], f"{FLAG} {NAME}"):
+        assert part in message
