@@ -15,12 +15,14 @@ import time
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import msgspec
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolName
 
 from ..kernels.pages import PageSegments
 from ..storage.base import page_key
-from .identity import ModelIdentity, namespace
+from . import weights
+from .identity import ModelIdentity, PageIdentity, namespace
 from .pools import HostPool, Sharding, describe, logical_page_size, page_bytes, segments
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         self._chain = chain
         self._require_room = require_room
         self._pool: HostPool | None = None
+        self._page: PageIdentity | None = None
         self._namespace = b""
         self._page_bytes = 0
         self._new_metrics = metrics
@@ -74,13 +77,26 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         self._require_room(self._chain, self._page_bytes)
         page = describe(mem_pool_host, PoolName.KV.value, self._sharding, self._page_bytes)
         self._namespace = namespace(self._model, page)
+        self._page = page
         self._pool = mem_pool_host
+        weights.on_replaced(self._weights_replaced)
         logger.info(
             "lmcache: pages of %d tokens and %d bytes, namespace %s (%s)",
             page.page_size,
             page.page_bytes,
             self._namespace.hex(),
             page,
+        )
+
+    def _weights_replaced(self) -> None:
+        """Neither find nor leave anything under the name of the weights that were."""
+        assert self._page is not None
+        settings = self._model.settings | {"weights": weights.epoch()}
+        self._model = msgspec.structs.replace(self._model, settings=settings)
+        self._namespace = namespace(self._model, self._page)
+        logger.info(
+            "lmcache: the weights were replaced; namespace %s until they are again, or the process ends",
+            self._namespace.hex(),
         )
 
     def register_mem_host_pool_v2(self, host_pool: HostPool, host_pool_name: PoolName) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from pathlib import Path
 
+from . import weights
 from .identity import ModelIdentity, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ def model_identity(served_name: str | None) -> ModelIdentity:
 
     model = get_model()
     settings = {name: str(getattr(model, name)) for name in _SETTINGS}
+    if weights.epoch():
+        settings["weights"] = weights.epoch()
     if str(model.load_format) == "dummy":  # random weights, whatever the files hold
         settings["load_format"] = "dummy"
     return ModelIdentity(

@@ -9,7 +9,9 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     hicache_hook.resolve_storage_layout_…           layer_first becomes page_first, as for Mooncake
     StorageBackendFactory._create_builtin_backend   makes the backend, under its own name
     HiCacheController.attach_storage_backend        selects the zero-copy calls
+    HybridCacheController.attach_storage_backend    refuses models with more than a KV pool
     LoRARef.deterministic_id                        adapters are told apart by their weights too
+    SchedulerWeightUpdaterManager.update_weights_…  new weights find none of the old ones' pages
 
 The name stays `lmcache` everywhere, in SGLang's logs and metrics too. (The other way, rewriting the flag
 to `dynamic`, loses it, and does not reach the admin route that attaches a backend at run time.)
@@ -45,6 +47,13 @@ _FACTORY = "sglang.srt.mem_cache.storage.backend_factory.StorageBackendFactory"
 _CREATE = f"{_FACTORY}._create_builtin_backend"
 _CONTROLLER = "sglang.srt.managers.cache_controller.HiCacheController"
 _ATTACH = f"{_CONTROLLER}.attach_storage_backend"
+_HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
+_ATTACH_POOLS = f"{_HYBRID}.attach_storage_backend"
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_UPDATES = tuple(
+    f"{_UPDATER}.update_weights_from_{source}"
+    for source in ("disk", "distributed", "tensor", "ipc")
+)
 _ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
 
 # Everything that must be there for the flag to work: what is hooked, and what the hooks use.
@@ -59,7 +68,9 @@ SEAMS = (
     _CREATE,
     f"{_FACTORY}.register_backend",
     _ATTACH,
+    _HYBRID,
     _ADAPTER_ID,
+    *_UPDATES,
     f"{_CONTROLLER}._page_get_zero_copy",
     f"{_CONTROLLER}._page_set_zero_copy",
     "sglang.srt.arg_groups.overrides.declare_resolution",
@@ -88,7 +99,10 @@ def activate() -> None:
     HookRegistry.register(_LAYOUT, _prefer_page_first, HookType.AFTER)
     HookRegistry.register(_CREATE, _create, HookType.AROUND)
     HookRegistry.register(_ATTACH, _select_zero_copy, HookType.AFTER)
+    HookRegistry.register(_ATTACH_POOLS, _require_one_pool, HookType.BEFORE)
     HookRegistry.register(_ADAPTER_ID, _identify_adapter, HookType.AROUND)
+    for update in _UPDATES:
+        HookRegistry.register(update, _replace_weights, HookType.AROUND)
 
 
 def missing_seams() -> list[str]:
@@ -221,6 +235,31 @@ def _select_zero_copy(_: None, controller: Any, *__: Any, **___: Any) -> None:
     if getattr(controller, "storage_backend_type", None) == NAME:
         controller.page_get_func = controller._page_get_zero_copy
         controller.page_set_func = controller._page_set_zero_copy
+
+
+def _require_one_pool(
+    controller: Any, storage_backend: Any = None, *_: Any, host_pools: Any = None, **__: Any
+) -> None:
+    """Refuse before SGLang starts its storage threads: it does not stop them when a pool is refused."""
+    if storage_backend != NAME:
+        return
+    others = [str(entry.name) for entry in host_pools or () if str(entry.name) != "kv"]
+    if others:
+        raise UnsupportedEngineError(
+            f"{FLAG} {NAME}: this model also keeps state in {', '.join(others)}, and this version stores "
+            "plain KV pools only. Serve it without the flag"
+        )
+
+
+def _replace_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Twice: pages of the old weights that are still being stored must not get the new ones' name."""
+    from .hicache import weights
+
+    weights.replaced()
+    try:
+        return original(*args, **kwargs)
+    finally:
+        weights.replaced()
 
 
 def _identify_adapter(original: Callable[[str, str], str], lora_name: str, lora_path: str) -> str:

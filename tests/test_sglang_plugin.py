@@ -452,7 +452,9 @@ def test_every_seam_is_there_in_the_version_that_was_tested(scenario: Scenario) 
 def test_nothing_is_hooked_that_is_not_looked_for_first(scenario: Scenario) -> None:
     answer = scenario("sglang_plugin.activate(); result = sorted(HookRegistry._hooks)")
     assert len(answer.result) >= 5
-    assert set(answer.result) <= set(SEAMS)
+    # A method that a class inherits is looked for as that class.
+    sought = {hook if hook in SEAMS else hook.rpartition(".")[0] for hook in answer.result}
+    assert sought <= set(SEAMS)
 
 
 @needs_sglang

@@ -16,6 +16,7 @@ from .server import Entry, SGLangServer
 PAGE_SIZE = 16
 ADMIN_KEY = "an admin's key"
 WAIT_SECONDS = 60.0
+NEW_TOKENS = 16
 
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
 CPU_ARGS = ("--device", "cpu", "--dtype", "float32")  # bf16 may flip a token with the batch
@@ -68,15 +69,13 @@ def server(model: Path, setup: Setup, log: Path, *, python: str = sys.executable
     )
 
 
-def ask(
-    server: SGLangServer, prompt: Sequence[int], new_tokens: int = 16, **request: Any
-) -> Answer:
-    """The greedy continuation of token ids."""
+def ask(server: SGLangServer, prompt: Sequence[int], **request: Any) -> Answer:
+    """The greedy continuation of token ids. Args: request: further keys of SGLang's /generate."""
     body = {
         "input_ids": list(prompt),
         "sampling_params": {
             "temperature": 0,
-            "max_new_tokens": new_tokens,
+            "max_new_tokens": NEW_TOKENS,
             "ignore_eos": True,
         },
         **request,

@@ -329,13 +329,16 @@ class TierSuite:
         assert tier.remove(keys[2:]) == 0
 
     def test_clearing_a_namespace_leaves_the_others(self, tier: Tier) -> None:
-        ours = some_keys(5)
-        theirs = [a_key(number, OTHER_NAMESPACE) for number in range(3)]
-        write(tier, ours + theirs)
+        before, theirs, after = (
+            [a_key(number, bytes([first]) * NAMESPACE_BYTES) for number in range(3)]
+            for first in (0, OTHER_NAMESPACE[0], 0xFF)
+        )
+        write(tier, before + theirs + after)
         assert tier.clear(OTHER_NAMESPACE) == 3
-        assert read(tier, ours + theirs) == [Lookup.HIT] * 5 + [Lookup.MISS] * 3
+        assert read(tier, before + after) == [Lookup.HIT] * 6
+        assert read(tier, theirs) == [Lookup.MISS] * 3
         assert tier.clear(OTHER_NAMESPACE) == 0
-        assert tier.stats().pages == 5
+        assert tier.stats().pages == 6
 
     # The capacity holds, and what gives way is what is worth least.
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from lmcache_sglang.testing.engine import (
     CPU_ENVIRONMENT,
@@ -56,7 +57,7 @@ def test_an_engine_restores_what_the_one_before_it_stored(model: Path, folder: P
     assert cached["storage_backend"] == "lmcache"
 
 
-def run(folder: Path, model: Path, setup: Setup) -> tuple[list[int], dict[str, int | str]]:
+def run(folder: Path, model: Path, setup: Setup) -> tuple[list[int], dict[str, Any]]:
     arguments = json.dumps([str(model), setup.extra_config, FIRST])
     with (
         (folder / "engine.log").open("a") as log,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +12,6 @@ import torch
 from lmcache_sglang.config import Config
 from lmcache_sglang.hicache.identity import ModelIdentity
 from lmcache_sglang.store import open_chain, require_room
-from lmcache_sglang.testing.sglang_cpu.config import VARIABLE
-from lmcache_sglang.testing.sglang_cpu.finder import install
 
 if TYPE_CHECKING:
     from lmcache_sglang.hicache.backend import LMCacheBackend
@@ -24,23 +19,6 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 LAYERS = 3
 HOST_BUDGET = 1 << 30  # SGLang wants ten gigabytes free beside a pool, unless it is told a budget
-
-
-@pytest.fixture(scope="session")
-def sglang() -> Iterator[None]:
-    """SGLang can be imported. Its imports on CPU stand on this variable and on these stand-ins.
-
-    Processes of the project's environment have both from their start; here it may be too late.
-    """
-    if find_spec("sglang") is None:
-        pytest.skip("SGLang is not installed here")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, "1")
-        install()
-        with warnings.catch_warnings(action="ignore"):  # torch's and SGLang's own, of their imports
-            import_module("sglang.srt.mem_cache.memory_pool_host")
-            import_module("sglang.srt.mem_cache.storage")
-        yield
 
 
 @pytest.fixture

@@ -280,6 +280,58 @@ def test_flipped_bits_never_give_wrong_bytes_nor_end_the_process(
     assert outcomes["used"] > 0
 
 
+def nodes(content: bytes, kind: int) -> Iterator[int]:
+    """Where the nodes of LMDB's leaves (kind 2) or branches (kind 1) begin."""
+    for number in skeleton(content):
+        start = number * LMDB_PAGE
+        flags, lower = struct.unpack_from("<HH", content, start + 10)
+        if number >= 2 and flags == kind:
+            count = (lower - 16) // 2
+            yield from (start + at for at in struct.unpack_from(f"<{count}H", content, start + 16))
+
+
+def test_a_record_that_is_not_as_long_as_ours_is_refused(tmp_path: Path, populated: bytes) -> None:
+    """LMDB would take its length at its word, and move memory that is not there."""
+    damaged = bytearray(populated)
+    for at in nodes(populated, kind=2):
+        room = LMDB_PAGE - at % LMDB_PAGE
+        if struct.unpack_from("<4H", populated, at) == (48, 0, 0, 8) and room > 600:  # in `order`
+            struct.pack_into("<H", damaged, at, 560)
+    with refused(
+        "path", place(tmp_path, bytes(damaged)), "a record of order has lengths 8 and 560"
+    ):
+        DiskTier(tmp_path, SIZE)
+
+
+def test_space_that_lmdb_lost_track_of_is_no_damage(tmp_path: Path, populated: bytes) -> None:
+    leaking = bytearray(populated)
+    for header in (0, LMDB_PAGE):
+        (last_page,) = struct.unpack_from("<Q", populated, header + 136)
+        struct.pack_into("<Q", leaking, header + 136, last_page + 5)
+    with closing(DiskTier(place(tmp_path, bytes(leaking)), SIZE)) as tier:
+        assert read_pages(tier, [page_of(6)]) == [Lookup.HIT]
+        assert write(tier, some_keys(3, start=5000)) == [Stored.STORED] * 3
+        assert tier.check().ok
+
+
+def test_a_tree_that_leads_backwards_is_not_followed_for_ever(
+    tmp_path: Path, populated: bytes
+) -> None:
+    """In a file that was too large to be looked at before, with damaged branches."""
+    rng = random.Random(5)
+    branches = list(nodes(populated, kind=1))
+    with DiskProcess() as process:
+        for _ in range(60):
+            damaged = bytearray(populated)
+            damaged[rng.choice(branches) + 8 + rng.randrange(48)] ^= 1 << rng.randrange(8)
+            folder = place(tmp_path, bytes(damaged))
+            numbers = list(range(PAGES))
+            found = process.ask(
+                "try_out", path=str(folder), size=SIZE, numbers=numbers, trusting=True
+            )
+            assert found.keys() == {"used"}, found
+
+
 def test_a_flipped_bit_in_a_page_costs_that_page_only(tmp_path: Path, populated: bytes) -> None:
     _, content = page_of(6)  # 70,001 bytes
     damaged = bytearray(populated)
@@ -511,6 +563,17 @@ def test_processes_that_start_together_make_one_store(tmp_path: Path) -> None:
         one.ask("put", numbers=[1])
         two.ask("put", numbers=[2])
         assert three.ask("get", numbers=[1, 2]) == ["hit", "hit"]
+
+
+def test_processes_that_disagree_on_the_limit_keep_the_first_ones(tmp_path: Path) -> None:
+    """LMDB's processes must map a file alike."""
+    with DiskProcess() as one, DiskProcess() as two:
+        capacity = one.ask("open", path=str(tmp_path), size=SIZE)
+        assert two.ask("open", path=str(tmp_path), size=4 * SIZE) == capacity
+        for start in range(0, 400, 20):
+            two.ask("put", numbers=list(range(start, start + 20)))
+        assert (tmp_path / layout.FILE).stat().st_size <= SIZE
+        assert one.ask("get", numbers=[399]) == two.ask("get", numbers=[399]) == ["hit"]
 
 
 def test_a_paused_process_holds_nobody_up(tmp_path: Path) -> None:
