@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -28,10 +29,17 @@ Entry = Literal["launch_server", "serve"]
 
 POLL_SECONDS = 0.1
 TAIL_LINES = 40
+ATTEMPTS = 3  # at a port of our own choice
+PORT_TAKEN = "address already in use"
+PORTS = range(20_000, 30_000)  # below those that the kernel hands out unasked
 
 
 class ServerFailed(RuntimeError):
     """The server died, or was not ready in time; the message ends with its last log lines."""
+
+
+class _PortTaken(ServerFailed):
+    """Between the choice of a port and its use, another process took it."""
 
 
 class ServerRefused(RuntimeError):
@@ -65,10 +73,11 @@ class SGLangServer:
     ) -> None:
         self.host = host
         self.port = port or free_port(host)
+        self._attempts = ATTEMPTS if port is None else 1
         self.log_path = log_path
         self._env = dict(env or {})
         self._api_key = api_key
-        where = ["--model-path", str(model_path), "--host", host, "--port", str(self.port)]
+        where = ["--model-path", str(model_path), "--host", host]
         self._command = [*_command(entry, python), *where, *args]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -108,9 +117,20 @@ class SGLangServer:
         if self._process is not None:
             raise ServerFailed("the server was started before")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, self._attempts + 1):
+            try:
+                self._start(timeout, on_wait)
+            except _PortTaken:
+                if attempt == self._attempts:
+                    raise
+                self.port = free_port(self.host)
+            else:
+                return
+
+    def _start(self, timeout: float, on_wait: Callable[[float], None] | None) -> None:
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command,
+                [*self._command, "--port", str(self.port)],
                 env=os.environ | self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -190,6 +210,8 @@ class SGLangServer:
         begun = time.monotonic()
         while not self._healthy():
             waited = time.monotonic() - begun
+            if PORT_TAKEN in self.log.lower():  # SGLang's first process stays, and serves nothing
+                raise _PortTaken(str(self._failure("another process took one of its ports")))
             if process.poll() is not None:
                 raise self._failure(f"the server ended with status {process.returncode}")
             if waited > timeout:
@@ -226,10 +248,11 @@ class SGLangServer:
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port nobody listens on now; another process may still take it before the caller does."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise ServerFailed(f"{host} has no free port in {PORTS}")
 
 
 # Without the proxies of the environment: the server is on this machine.

@@ -18,6 +18,12 @@ mode = os.environ.get("FAKE_MODE", "")
 print("starting with", sys.argv[1:], flush=True)
 if mode == "dies":
     sys.exit(3)
+if mode == "taken":
+    first = not os.path.exists("{folder}/started")
+    open("{folder}/started", "w").close()
+    if first:  # as uvicorn says it under SGLang, whose process then stays
+        print("[Errno 98] error while attempting to bind: Address already in use", flush=True)
+        signal.pause()
 if mode == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if mode == "parent":
@@ -50,7 +56,7 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 class Fake(SGLangServer):
     def __init__(self, folder: Path, mode: str = "") -> None:
         python = folder / "python"
-        python.write_text(FAKE_PYTHON.format(python=sys.executable))
+        python.write_text(FAKE_PYTHON.format(python=sys.executable, folder=folder))
         python.chmod(0o755)
         super().__init__(
             "a-model",
@@ -103,6 +109,14 @@ def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
     assert waits == sorted(waits)
     assert len(waits) > 1
     assert _gone(server.pid)
+
+
+def test_a_port_that_was_taken_meanwhile_is_changed_for_another(tmp_path: Path) -> None:
+    server = Fake(tmp_path, "taken")
+    first = server.port
+    with server:
+        assert server.port != first
+        assert server.get("/health") == ""
 
 
 def test_what_ignores_the_request_to_end_is_killed(tmp_path: Path) -> None:
