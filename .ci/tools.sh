@@ -5,7 +5,9 @@ here=$(cd "$(dirname "$0")" && pwd)
 stamp=$1/lint-tools.txt
 cmp -s "$here/lint-tools.txt" "$stamp" && exit 0
 echo "lint tools into $1"
-"$1/bin/python" -m pip --disable-pip-version-check install -q -r "$here/lint-tools.txt" 2>&1 |
-    grep -v "is ignored" || true
-"$1/bin/ruff" --version >/dev/null # pip's failure would be hidden by the filter
+log=$1/lint-tools.log
+"$1/bin/python" -m pip --disable-pip-version-check install -r "$here/lint-tools.txt" >"$log" 2>&1 || {
+    grep -v "is ignored" "$log" | tail -n 30 >&2
+    exit 1
+}
 cp "$here/lint-tools.txt" "$stamp"

@@ -71,6 +71,13 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         """Take the KV pool; raises when its pages cannot be kept."""
         if getattr(mem_pool_host, "kv_buffer", None) is None:  # as DeepSeek V4's
             raise _unsupported(PoolName.KV, mem_pool_host)
+        if (
+            getattr(mem_pool_host, "target_layer_num", mem_pool_host.layer_num)
+            != mem_pool_host.layer_num
+        ):
+            raise _unsupported(
+                PoolName.DRAFT, mem_pool_host
+            )  # packed in; its weights are not named
         super().register_mem_pool_host(mem_pool_host)
         first_page = torch.arange(logical_page_size(mem_pool_host), dtype=torch.int64)
         self._page_bytes = page_bytes(mem_pool_host, first_page)
@@ -172,7 +179,8 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         raise NotImplementedError("lmcache: use batch_set_v1")
 
     def _keys(self, page_hashes: Sequence[str]) -> list[bytes]:
-        return [page_key(self._namespace, bytes.fromhex(text)) for text in page_hashes]
+        named = self._namespace  # once: a replacement of weights may come in between
+        return [page_key(named, bytes.fromhex(text)) for text in page_hashes]
 
     def _segments(self, host_indices: torch.Tensor) -> PageSegments:
         assert self._pool is not None, "SGLang registers the pool before it stores pages"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
+from uuid import uuid4
 
 from . import weights
 from .identity import ModelIdentity, fingerprint
@@ -17,7 +18,13 @@ _SETTINGS = (
     "quantization",
     "quantization_param_path",
     "json_model_override_args",
+    "model_loader_extra_config",
+    "modelopt_quant",
+    "quantize_and_serve",
+    "rl_quant_profile",
 )
+# Ways of loading that give the weights of the model's files as they are.
+_PLAIN_FORMATS = ("auto", "safetensors", "pt", "gguf", "mistral", "npcache", "fastsafetensors")
 
 
 def model_identity(served_name: str | None) -> ModelIdentity:
@@ -32,8 +39,9 @@ def model_identity(served_name: str | None) -> ModelIdentity:
     settings = {name: str(getattr(model, name)) for name in _SETTINGS}
     if weights.epoch():
         settings["weights"] = weights.epoch()
-    if str(model.load_format) == "dummy":  # random weights, whatever the files hold
-        settings["load_format"] = "dummy"
+    load_format = str(getattr(model.load_format, "value", model.load_format))
+    if load_format not in _PLAIN_FORMATS:  # dummy, say: random weights, whatever the files hold
+        settings["load_format"] = load_format
     return ModelIdentity(
         name=served_name or str(model.model_path),
         fingerprint=_fingerprint(str(model.model_path), model.revision),
@@ -65,14 +73,13 @@ def _fingerprint(model_path: str, revision: str | None) -> str:
     try:
         return fingerprint(_local(model_path, revision))
     except OSError as error:
-        # Still safe against another path or revision, not against other weights under the same ones.
         logger.warning(
-            "lmcache: the weights of %s cannot be looked at (%s); pages are told apart by its name "
-            "and revision only: after changing the weights in place, clear the store",
+            "lmcache: the weights of %s cannot be looked at (%s), so nobody could tell them from others: "
+            "its pages are for this process only, and cold after a restart",
             model_path,
             error,
         )
-        return f"unread:{model_path}@{revision}"
+        return f"unread:{uuid4().hex}"
 
 
 def _local(model_path: str, revision: str | None) -> Path:

@@ -26,6 +26,7 @@ _CONFIG_FILES = (
     "hf_quant_config.json",
     "quantize_config.json",
     "adapter_config.json",
+    "params.json",
 )
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 

@@ -20,6 +20,7 @@ class HostPool(Protocol):
     start_layer: int
     end_layer: int
     layer_num: int
+    head_num: int  # not of pools that every rank holds whole
     dcp_size: int
 
     def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -63,7 +64,8 @@ def page_bytes(pool: HostPool, first_page: torch.Tensor) -> int:
 
 def describe(pool: HostPool, name: str, sharding: Sharding, size: int) -> PageIdentity:
     """What the pool's pages hold. Args: size: bytes of one page."""
-    heads = 0 if sharding.is_mla_model else int(getattr(pool, "head_num", 0))
+    every_rank_holds_all = sharding.is_mla_model or hasattr(pool, "kv_lora_rank")
+    heads = 0 if every_rank_holds_all else pool.head_num
     first = sharding.tp_rank * heads
     return PageIdentity(
         pool=name,

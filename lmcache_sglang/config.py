@@ -75,7 +75,7 @@ class CpuConfig(_Section):
 
     size: Size = Field(
         default="auto",
-        description='Memory of this node for pages, for all ranks together: "64GiB", 0 for none, or '
+        description='Memory for pages, for all ranks of an engine on this node together: "64GiB", 0 for none, or '
         '"auto": a tenth of the memory, at most 8 GiB.',
     )
 
@@ -111,7 +111,8 @@ class DiskConfig(_Section):
             free = shutil.disk_usage(there).free
         except OSError as error:
             raise ConfigError("path", f"cannot look at {path}: {error.strerror}") from error
-        return min(DISK_MOST, int(DISK_SHARE * (free + own)))
+        # Not below what is there: what others have put on the disk since must not cost pages.
+        return max(own, min(DISK_MOST, int(DISK_SHARE * (free + own))))
 
 
 def _default_path() -> Path:

@@ -12,6 +12,7 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     HybridCacheController.attach_storage_backend    refuses models with more than a KV pool
     LoRARef.deterministic_id                        adapters are told apart by their weights too
     SchedulerWeightUpdaterManager.update_weights_…  new weights find none of the old ones' pages
+    HiCacheController.reset                         nor those that were still being stored
 
 The name stays `lmcache` everywhere, in SGLang's logs and metrics too. (The other way, rewriting the flag
 to `dynamic`, loses it, and does not reach the admin route that attaches a backend at run time.)
@@ -50,10 +51,16 @@ _ATTACH = f"{_CONTROLLER}.attach_storage_backend"
 _HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
 _ATTACH_POOLS = f"{_HYBRID}.attach_storage_backend"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-_UPDATES = tuple(
-    f"{_UPDATER}.update_weights_from_{source}"
-    for source in ("disk", "distributed", "tensor", "ipc")
+_UPDATES = (
+    f"{_UPDATER}.update_weights_from_disk",
+    f"{_UPDATER}.update_weights_from_distributed",
+    f"{_UPDATER}.update_weights_from_tensor",
+    f"{_UPDATER}.update_weights_from_ipc",
+    # Between these two, weights may come by RDMA without a call of those above.
+    f"{_UPDATER}.begin_weight_update",
+    f"{_UPDATER}.end_weight_update",
 )
+_RESET = f"{_CONTROLLER}.reset"
 _ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
 
 # Everything that must be there for the flag to work: what is hooked, and what the hooks use.
@@ -71,6 +78,7 @@ SEAMS = (
     _HYBRID,
     _ADAPTER_ID,
     *_UPDATES,
+    _RESET,
     f"{_CONTROLLER}._page_get_zero_copy",
     f"{_CONTROLLER}._page_set_zero_copy",
     "sglang.srt.arg_groups.overrides.declare_resolution",
@@ -79,7 +87,7 @@ SEAMS = (
 )
 
 
-# Set while the arguments of an engine with the flag are resolved, which is when adapters get their ids.
+# Set once the arguments of an engine with the flag were looked at; adapters get their ids after that.
 _FLAG_IN_USE = threading.Event()
 
 
@@ -103,6 +111,7 @@ def activate() -> None:
     HookRegistry.register(_ADAPTER_ID, _identify_adapter, HookType.AROUND)
     for update in _UPDATES:
         HookRegistry.register(update, _replace_weights, HookType.AROUND)
+    HookRegistry.register(_RESET, _forget_replaced_weights, HookType.AFTER)
 
 
 def missing_seams() -> list[str]:
@@ -113,7 +122,8 @@ def missing_seams() -> list[str]:
 def _resolves(seam: str) -> bool:
     try:
         pkgutil.resolve_name(seam)
-    except (ImportError, AttributeError):
+    except Exception:  # a module that fails to import, however, has no seam for us
+        logger.debug("%s cannot be had", seam, exc_info=True)
         return False
     return True
 
@@ -259,6 +269,17 @@ def _replace_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     try:
         return original(*args, **kwargs)
     finally:
+        weights.replaced()
+
+
+def _forget_replaced_weights(*_: Any, **__: Any) -> None:
+    """SGLang may refuse its flush while old pages are still being stored, and be asked again later.
+
+    What the queues held until now was computed by the weights before; they are empty after a reset.
+    """
+    from .hicache import weights
+
+    if weights.epoch():
         weights.replaced()
 
 

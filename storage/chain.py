@@ -27,6 +27,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 PUT_SECONDS = 2.0  # longest that a put waits for the lower tier to catch up
+CLEAR_SECONDS = 5.0  # longest that clear waits for pages that are being written
 CLOSE_SECONDS = 30.0  # longest that close spends on writing what still waits
 
 
@@ -146,9 +147,12 @@ class Chain:
         lease = self._ask(Lease([], [], []), upper.lease, absent)
         taken = spill.offer(lease, PUT_SECONDS)
         if taken < len(lease.keys):
-            self.faults.record(
-                lower.name, Reason.BUSY, "it writes slower than pages come", len(lease.keys) - taken
+            why = (
+                (Reason.BUSY, "it writes slower than pages come")
+                if spill.alive
+                else (Reason.CLOSED, "the thread that writes to it has ended")
             )
+            self.faults.record(lower.name, *why, count=len(lease.keys) - taken)
 
     def clear(self, namespace: bytes) -> int:
         """Forget every page of one namespace; how many there were in the tier that had most."""
@@ -156,7 +160,10 @@ class Chain:
         if self._upper is not None:
             removed.append(self._ask(0, self._upper.clear, namespace))
         if self._spill is not None:
-            self._spill.drop(lambda key: key.startswith(namespace), CLOSE_SECONDS)
+            dropped = self._spill.drop(lambda key: key.startswith(namespace), CLEAR_SECONDS)
+            if not dropped and self._lower is not None:
+                busy = "pages that were being written may outlive the clear"
+                self.faults.record(self._lower.name, Reason.BUSY, busy)
         if self._lower is not None:
             removed.append(self._ask(0, self._lower.clear, namespace))
         return max(removed)
@@ -193,6 +200,8 @@ class Chain:
                 logger.warning("lmcache: %d pages were not written within %.0f s", left, timeout)
         for tier in self.tiers:
             tier.close()
+        if counts := self.faults.counts():
+            logger.info("lmcache: in all: %s", counts)
 
     def _sources(self) -> list[Tier | Spill]:
         return [source for source in (self._upper, self._spill, self._lower) if source is not None]

@@ -53,6 +53,9 @@ class Spill:
         self._bytes = 0
         self._writing: frozenset[bytes] = frozenset()  # those of them the thread has in hand
         self._closing = False
+        self._stalled = False  # somebody waited in vain, and nothing was written since
+        self._ended = False
+        self._dropped = 0  # pages that will never be written, after a mistake of ours
         self._thread = Thread(target=self._run, name=f"lmcache-spill-{lower.name}", daemon=True)
         self._thread.start()
 
@@ -61,7 +64,9 @@ class Spill:
 
         Nothing is taken once `close` was called.
         """
-        deadline = time.monotonic() + timeout
+        with self._changed:
+            patience = 0.0 if self._stalled else timeout
+        deadline = time.monotonic() + patience
         for taken, (key, record, checksum) in enumerate(
             zip(lease.keys, lease.records, lease.checksums, strict=True)
         ):
@@ -79,6 +84,7 @@ class Spill:
 
         with self._changed:
             in_time = self._changed.wait_for(settled, max(0.0, deadline - time.monotonic()))
+            self._stalled = self._stalled or not in_time
             if not in_time or self._closing:
                 return False
             if key not in self._waiting:
@@ -121,9 +127,10 @@ class Spill:
             )
 
     def flush(self, timeout: float) -> bool:
-        """Wait until nothing waits; False when the time ran out first."""
+        """Wait until everything was written; False when the time ran out first, or never will be."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting, timeout)
+            empty = self._changed.wait_for(lambda: not self._waiting, timeout)
+            return empty and not self._dropped
 
     def close(self, timeout: float) -> int:
         """Take no more, write what waits, stop the thread; how many pages were left behind."""
@@ -140,6 +147,12 @@ class Spill:
         return len(left)
 
     @property
+    def alive(self) -> bool:
+        """Whether the thread still writes: until `close`, or a mistake of ours."""
+        with self._changed:
+            return not self._ended
+
+    @property
     def waiting(self) -> tuple[int, int]:
         """Pages and bytes that wait."""
         with self._changed:
@@ -151,6 +164,7 @@ class Spill:
                 self._write(group)
                 with self._changed:
                     self._writing = frozenset()
+                    self._stalled = False
                     for key in group:
                         self._forget(key)
                     self._changed.notify_all()
@@ -158,6 +172,8 @@ class Spill:
             with self._changed:
                 self._closing = True
                 self._writing = frozenset()
+                self._ended = True
+                self._dropped = len(self._waiting)
                 for key in list(self._waiting):
                     self._forget(key)
                 self._changed.notify_all()

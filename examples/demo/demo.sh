@@ -10,11 +10,12 @@ python=${PYTHON:-python3}
 gpu='import sglang, sys, torch; sys.exit(not torch.cuda.is_available())'
 if "$python" -c "$gpu" >/dev/null 2>&1; then
     venv=.venv-gpu
-    if ! "$venv/bin/python" -c "import lmcache_sglang.kernels._native" >/dev/null 2>&1; then
-        echo "this machine has a GPU and SGLang: adding this checkout in $venv"
-        "$python" -m venv --system-site-packages "$venv"
-        "$venv/bin/python" -m pip --disable-pip-version-check install -q -e .
-    fi
+    echo "this machine has a GPU and SGLang: adding this checkout in $venv"
+    [ -x "$venv/bin/python" ] || "$python" -m venv --system-site-packages "$venv"
+    # If python3 is itself of a virtual environment, the line above sees the packages below it only.
+    packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$packages/the-other-one.pth"
+    "$venv/bin/python" -m pip --disable-pip-version-check install -q -e .
 else
     venv=.venv-sglang
     lmcache_sglang/testing/sglang_cpu/make_venv.sh "$venv"

@@ -69,6 +69,11 @@ class DiskProcess:
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def kill(self) -> None:
+        """End it at once, and return when it is gone."""
+        self._process.kill()
+        self._process.wait()
+
     def _pipes(self) -> tuple[IO[str], IO[str]]:
         assert self._process.stdin is not None and self._process.stdout is not None
         return self._process.stdin, self._process.stdout
@@ -82,8 +87,7 @@ class DiskProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._process.kill()
-        self._process.wait()
+        self.kill()
         for pipe in self._pipes():
             pipe.close()
 
@@ -109,6 +113,18 @@ class _Served:
     def get(self, numbers: list[int]) -> list[str]:
         return [lookup.value for lookup in _get(self._tier, numbers)]
 
+    def read_for_ever(self) -> bool:
+        """Begin to read, and never end; whoever asked may kill this process now."""
+        self._reading = self._tier._env.read()
+        self._reading.__enter__()
+        return True
+
+    def write_for_ever(self) -> bool:
+        """Begin to write, and never end."""
+        self._writing = self._tier._env.write()
+        self._writing.__enter__()
+        return True
+
     def remove(self, numbers: list[int]) -> int:
         return self._tier.remove([a_key(number) for number in numbers])
 
@@ -120,25 +136,14 @@ class _Served:
         os.setgid(65_534)
         os.setuid(65_534)
 
-    def try_out(
-        self, path: str, size: int, numbers: list[int], trusting: bool = False
-    ) -> dict[str, Any]:
+    def try_out(self, path: str, size: int, numbers: list[int]) -> dict[str, Any]:
         """Use a store that may be damaged, for all that a tier can do.
-
-        Args:
-            trusting: without a look at the file before, as if it were too large for that.
 
         Returns:
             ``refused``: the setting that was named; ``died``: the signal; ``raised``: what should not
             have been; or ``used``: the outcomes of the pages, counted.
         """
-
-        def work() -> dict[str, Any]:
-            if trusting:
-                environment._probe = lambda file: probe.verdict("ours")
-            return _try_out(Path(path), size, numbers)
-
-        return _in_fork(work)
+        return _in_fork(lambda: _try_out(Path(path), size, numbers))
 
     def die_writing(self, path: str, size: int, first: int, batches: int) -> int:
         """Write pages from number `first` on, and be killed some time after so many flushes.

@@ -28,11 +28,17 @@ import lmdb
 from ...errors import ConfigError, Reason, TierError
 from ..gate import Gate
 from . import layout, probe
+from .turn import Turn
 
 logger = logging.getLogger(__name__)
 
 MAX_READERS = 1024  # LMDB's default of 126 is short for many ranks with several threads each
-SETUP_SECONDS = 60.0  # longest wait for another process that is making the store
+SETUP_SECONDS = (
+    600.0  # longest wait for another process that is making the store, or making it smaller
+)
+PROBE_SECONDS = 60.0  # longest look at a file
+OPEN_SECONDS = 60.0  # the same, for the one write of opening
+WRITE_SECONDS = 5.0  # longest wait for another writer's transaction
 CLOSE_SECONDS = 10.0  # longest wait at close for operations in flight
 FULL_BYTES = 1 << 20  # a file system with less room than this is full
 REWRITE_BYTES = 64 << 20  # room for deleting from a file that is larger than it should be
@@ -77,6 +83,7 @@ class Environment:
                 self.map_size = max(_page_aligned(size), self._room_to_shrink())
             else:
                 self.map_size = _read_map_size(self._in_use, self.file)
+            self._turn = Turn(name, path / layout.TURN)
             self._env, self.tables = self._make()
         except BaseException:
             os.close(self._in_use)
@@ -133,7 +140,7 @@ class Environment:
                 meminit=False,
             )
             env.reader_check()
-            with env.begin(write=True) as txn:
+            with self._turn.taken(OPEN_SECONDS), env.begin(write=True) as txn:
                 meta = env.open_db(b"meta", txn=txn)
                 txn.put(b"magic", layout.MAGIC, db=meta)
                 txn.put(b"format", layout.pack_format(layout.FORMAT), db=meta)
@@ -144,6 +151,8 @@ class Environment:
             ) from error
         except lmdb.Error as error:
             raise ConfigError("path", _why_not(self.file, error)) from error
+        except TierError as error:
+            raise ConfigError("path", f"cannot open {self.file}: {error.detail}") from error
         return env, Tables(meta, *rest)
 
     @contextmanager
@@ -154,8 +163,16 @@ class Environment:
 
     @contextmanager
     def write(self) -> Iterator[lmdb.Transaction]:
-        """A write transaction, committed and synced at the end, undone on an exception."""
-        with self._gate.passing(), self._translated(), self._env.begin(write=True) as txn:
+        """A write transaction, committed and synced at the end, undone on an exception.
+
+        Raises `TierError`, BUSY when another writer does not finish in time.
+        """
+        with (
+            self._gate.passing(),
+            self._turn.taken(WRITE_SECONDS),
+            self._translated(),
+            self._env.begin(write=True) as txn,
+        ):
             yield txn
 
     @contextmanager
@@ -177,8 +194,14 @@ class Environment:
             raise TierError(self.name, Reason.IO, str(error)) from error
         except lmdb.Error as error:
             # LMDB calls a write that was cut short by a full disk an input/output error
-            full = shutil.disk_usage(self.path).free < FULL_BYTES
-            raise TierError(self.name, Reason.FULL if full else Reason.IO, str(error)) from error
+            reason = Reason.FULL if self._disk_is_full() else Reason.IO
+            raise TierError(self.name, reason, str(error)) from error
+
+    def _disk_is_full(self) -> bool:
+        try:
+            return shutil.disk_usage(self.path).free < FULL_BYTES
+        except OSError:  # the directory is gone, say
+            return False
 
     def reap_readers(self) -> int:
         """Free the reader slots of processes that were killed; they would make the file grow."""
@@ -194,9 +217,10 @@ class Environment:
             self._closed = True
         if self._gate.wait_empty(CLOSE_SECONDS):
             self._env.close()
-        else:  # to close it under a reader would be a crash; the kernel closes it with the process
+            self._turn.close()
+            os.close(self._in_use)
+        else:  # to close it under a reader would be a crash; the kernel closes both with the process
             logger.warning("%s is still being read; left open", self.file)
-        os.close(self._in_use)
 
 
 def _make_directory(path: Path) -> None:
@@ -260,14 +284,14 @@ def _probe(file: Path) -> dict[str, str]:
     command = [sys.executable, "-I", probe.__file__, str(file), json.dumps(layout.EXPECTED)]
     try:
         done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=SETUP_SECONDS
+            command, check=False, capture_output=True, text=True, timeout=PROBE_SECONDS
         )
     except OSError as error:
         raise ConfigError(
             "path", f"cannot start {sys.executable} to look at {file}: {error.strerror}"
         ) from error
     except subprocess.TimeoutExpired:
-        return probe.verdict("damaged", f"it could not be read in {SETUP_SECONDS:.0f} s")
+        return probe.verdict("damaged", f"it could not be read in {PROBE_SECONDS:.0f} s")
     if done.returncode < 0:
         return probe.verdict("damaged", f"reading it ends a process with signal {-done.returncode}")
     if done.returncode > 0:

@@ -3,6 +3,7 @@
     <path>/pages.lmdb         the LMDB file (one file, no subdirectory)
     <path>/pages.lmdb-lock    LMDB's own reader table and writer lock
     <path>/in-use             locked shared by every process that has the store open
+    <path>/writing            locked by the process that writes, before LMDB's own lock
 
 Four tables, all numbers little-endian but for the order table's keys:
 
@@ -25,6 +26,7 @@ from .probe import Expected
 
 FILE = "pages.lmdb"
 LOCK = "in-use"
+TURN = "writing"
 
 MAGIC = b"lmcache-sglang pages"
 FORMAT = 1

@@ -12,6 +12,7 @@ up to 5 ms to get it back from a busy scheduler (2.1 ms a key was measured, 5 us
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, islice, takewhile
@@ -34,6 +35,7 @@ USABLE = 0.8  # of the file; the rest is what LMDB needs to write new trees befo
 GROUP_BYTES = 64 << 20  # pages written in one transaction, so with one sync
 SMALLEST_SIZE = 1 << 20
 PAGES_TO_FIT = 4  # so many must fit, or every write would evict the page written before it
+NO_ROOM_SECONDS = 60.0  # between two attempts to make room where evicting did not
 _ROUNDS = 4  # attempts at one group when LMDB finds no run of free pages long enough
 _TOUCHED = 1 << 16  # uses remembered between two writes
 _CHECKED_AT_ONCE = 64
@@ -50,7 +52,7 @@ class DiskTier(Tier):
     """At most `size` bytes of file in the directory `path`; `capacity` is what pages may use of it.
 
     Raises:
-        ConfigError: the directory or the size cannot be used. Nothing that was there has been changed.
+        ConfigError: the directory or the size cannot be used. No file of anybody else was changed.
     """
 
     def __init__(self, path: Path, size: int, name: str = "disk") -> None:
@@ -62,6 +64,7 @@ class DiskTier(Tier):
         self._touched: dict[bytes, None] = {}  # keys used since the last write, latest last
         self._touched_lock = Lock()
         self._evicted = 0
+        self._no_room_until = 0.0  # on time.monotonic
         try:
             if self._env.alone:
                 self._shrink(size)
@@ -153,6 +156,8 @@ class DiskTier(Tier):
 
     def _write(self, records: list[_Record], chain: Mapping[bytes, int]) -> None:
         """Write in one transaction, again with more room when there is none."""
+        if time.monotonic() < self._no_room_until:
+            raise TierError(self.name, Reason.FULL, "there was no room a moment ago")
         touched = self._take_touched()
         limit = self.capacity
         for attempt in range(_ROUNDS):
@@ -162,8 +167,12 @@ class DiskTier(Tier):
                     _insert(ledger, records, chain, limit, self._env.page)
                 return
             except TierError as error:
-                if error.reason is not Reason.FULL or attempt == _ROUNDS - 1:
+                if error.reason is not Reason.FULL:
                     raise
+                if attempt == _ROUNDS - 1:  # evicting does not help; do not empty the store for it
+                    self._no_room_until = time.monotonic() + NO_ROOM_SECONDS
+                    raise
+            self._env.reap_readers()  # a killed process still holds on to what was freed since
             limit = limit * 3 // 4
             with self._ledger() as ledger:
                 ledger.touch_all(touched)

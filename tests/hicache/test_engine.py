@@ -93,21 +93,21 @@ def test_every_setting_asked_for_is_one_that_sglang_has(serving: Serving, model:
         assert set(model_identity("m").settings) == set(_SETTINGS)
 
 
-def test_weights_that_cannot_be_looked_at_are_said_so_and_told_apart_by_name(
+def test_weights_that_cannot_be_looked_at_are_said_so_and_never_taken_for_others(
     serving: Serving, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     places = [str(tmp_path / "empty"), "nobody/no-such-model", "s3://bucket/model"]
     seen = set()
     for place in places:
-        for revision in (None, "v2"):
+        for revision in (None, None, "v2"):
             with serving(model_path=place, revision=revision):
                 seen.add(model_identity("m").fingerprint)
             assert place in caplog.text
-    assert len(seen) == 2 * len(places)
+    assert len(seen) == 3 * len(places)
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 2 * len(places)
-    assert "clear the store" in warnings[0].getMessage()
+    assert len(warnings) == 3 * len(places)
+    assert "cold after a restart" in warnings[0].getMessage()
 
 
 def test_a_model_by_its_hub_name_is_looked_up_on_this_machine_only(

@@ -11,7 +11,7 @@ import torch
 
 from lmcache_sglang.errors import UnsupportedEngineError
 from lmcache_sglang.hicache import weights
-from lmcache_sglang.sglang_plugin import NAME, _require_one_pool
+from lmcache_sglang.sglang_plugin import NAME, _forget_replaced_weights, _require_one_pool
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +75,21 @@ def test_a_backend_finds_and_leaves_nothing_under_the_old_name(
     assert backend.batch_set_v1(hashes, page) == [True]
     weights.replaced()
     assert backend.batch_exists(hashes) == 0
+
+
+def test_what_was_still_being_stored_at_the_update_is_not_found_after_the_reset(
+    make_pool: Callable[..., Any], backends: Any
+) -> None:
+    """SGLang may refuse its flush at the update; old pages are then stored until it is asked again."""
+    pool = make_pool("mha page_first", pages=2)
+    backend = backends.open(pool)
+    page, hashes = torch.arange(pool.page_size), ["cd" * 32]
+    weights.replaced()
+    assert backend.batch_set_v1(hashes, page) == [True]  # of the old weights, late
+    _forget_replaced_weights()
+    assert backend.batch_exists(hashes) == 0
+
+
+def test_a_reset_without_an_update_keeps_the_name() -> None:
+    _forget_replaced_weights()
+    assert weights.epoch() == ""

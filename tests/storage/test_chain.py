@@ -19,6 +19,7 @@ from lmcache_sglang.storage.chain import Chain
 from lmcache_sglang.storage.cpu import CpuTier
 from lmcache_sglang.storage.disk.tier import DiskTier
 from lmcache_sglang.storage.memory import MemoryTier
+from lmcache_sglang.storage.spill import Spill
 from lmcache_sglang.testing.damage import flip_in_cpu, flip_on_disk
 from lmcache_sglang.testing.faulty_tier import FaultyTier
 from lmcache_sglang.testing.tier_suite import (
@@ -30,6 +31,7 @@ from lmcache_sglang.testing.tier_suite import (
     at_once,
     bytes_of,
     some_keys,
+    write,
 )
 
 SPILL = 8 << 20
@@ -263,6 +265,21 @@ def test_a_slow_lower_tier_costs_its_deadline_and_is_counted(
         assert stack.lower.exists(keys) == [True] * 4 + [False]
 
 
+def test_a_lower_tier_that_stands_still_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_module, "PUT_SECONDS", 0.01)
+    stack = Stack(MemoryTier(ROOMY), spill_bytes=PAGE)
+    with closing(stack.chain):
+        with stack.lower.hold_puts():
+            put(stack.chain, some_keys(2))
+            monkeypatch.setattr(chain_module, "PUT_SECONDS", SOON)
+            begun = time.monotonic()
+            assert put(stack.chain, some_keys(2, start=10)) == [True] * 2
+            assert time.monotonic() - begun < SOON / 2
+        assert stack.chain.flush(SOON)
+        stack.put_and_flush(some_keys(1, start=20))  # it moves again, and is waited for again
+        assert stack.lower.exists(some_keys(1, start=20)) == [True]
+
+
 def test_a_put_waits_for_room_on_the_way_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain_module, "PUT_SECONDS", SOON)
     stack = Stack(MemoryTier(ROOMY), spill_bytes=PAGE)
@@ -475,3 +492,32 @@ def test_threads_over_a_chain_never_see_wrong_bytes(disk: DiskTier) -> None:
         assert chain.flush(SOON)
         assert all(report.ok for report in chain.check().values())
         assert not any(what.endswith("corrupt") for what in chain.faults.counts())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_mistake_in_a_lower_tier_holds_nobody_up(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no `TierError` ends the thread that writes, and nothing else."""
+
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("a mistake")
+
+    monkeypatch.setattr(stack.lower, "put", fail)
+    monkeypatch.setattr(chain_module, "PUT_SECONDS", SOON)
+    assert put(stack.chain, some_keys(2)) == [True, True]
+    assert not stack.chain.flush(SOON)  # it would be a lie: nothing was written
+    assert put(stack.chain, some_keys(4)) == [True] * 4
+    assert stack.chain.faults.counts() == {"memory.closed": 4}
+    assert get(stack.chain, some_keys(4)) == [True] * 4
+
+
+def test_nothing_is_taken_on_the_way_down_once_it_is_closed() -> None:
+    """It would never be written, and would count as here."""
+    upper, lower = CpuTier(ROOMY), MemoryTier(ROOMY)
+    write(upper, some_keys(2))
+    spill = Spill(lower, SPILL, on_error=lambda error: None, on_refused=lambda pages: None)
+    spill.close(SOON)
+    assert spill.offer(upper.lease(some_keys(2)), SOON) == 0
+    assert spill.exists(some_keys(2)) == [False, False]
+    assert spill.waiting == (0, 0)

@@ -10,12 +10,19 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from lmcache_sglang.errors import Reason
 from lmcache_sglang.storage.base import NAMESPACE_BYTES
@@ -28,13 +35,14 @@ from lmcache_sglang.testing.faulty_tier import FaultyTier
 from lmcache_sglang.testing.tier_suite import EngineMemory, a_key, bytes_of
 
 NAMESPACES = [b"\0" * NAMESPACE_BYTES, b"\1" * NAMESPACE_BYTES]
-SIZES = [1, 700, 3000, 20_000, 65_536]
-UPPER_BYTES = 3 * SIZES[-1]  # so small that most pages live below
+SIZES = [1, 30_001, 45_000, 65_535, 65_536]
+UPPER_BYTES = 2 * SIZES[-1]  # so small that most pages live below
 LOWER_BYTES = 8 << 20  # so large that nothing has to be evicted
 SOON = 30.0
 
-numbers = st.integers(0, 19)
-batches = st.lists(numbers, max_size=6)
+NUMBERS = list(range(5))  # few, so that the history of each is long
+numbers = st.sampled_from(NUMBERS)
+batches = st.one_of(st.just(NUMBERS), st.permutations(NUMBERS), st.lists(numbers, max_size=3))
 
 
 def namespace_of(number: int) -> bytes:
@@ -67,6 +75,7 @@ class Store(RuleBasedStateMachine):
         self.disk = DiskTier(self.path, LOWER_BYTES)
         self.lower = FaultyTier(self.disk)
         self.chain = Chain(self.upper, self.lower, spill_bytes=LOWER_BYTES)
+        self.held = ExitStack()
 
     @property
     def failing(self) -> bool:
@@ -76,8 +85,15 @@ class Store(RuleBasedStateMachine):
         held = number in self.flushed or number in self.on_the_way
         return held and number not in self.damaged and not self.failing
 
+    @initialize()
+    def put_everything(self) -> None:
+        self.put_pages(NUMBERS, 1)
+
     @rule(batch=batches, per_page=st.integers(1, 3))
     def put(self, batch: list[int], per_page: int) -> None:
+        self.put_pages(batch, per_page)
+
+    def put_pages(self, batch: list[int], per_page: int) -> None:
         memory = EngineMemory([page_of(number) for number in batch], per_page)
         kept = self.chain.put([key_of(number) for number in batch], memory.segments)
         memory.reuse()
@@ -88,9 +104,15 @@ class Store(RuleBasedStateMachine):
 
     @rule(batch=batches, per_page=st.integers(1, 3))
     def get(self, batch: list[int], per_page: int) -> None:
+        keys = [key_of(number) for number in batch]
         pages = [page_of(number) for number in batch]
+        for number, is_here in zip(batch, self.chain.exists(keys), strict=True):
+            if is_here:
+                assert number in self.may_come_back
+            else:
+                assert not self.must_come_back(number)
         memory = EngineMemory.blank([len(page) for page in pages], per_page)
-        held = self.chain.get([key_of(number) for number in batch], memory.segments)
+        held = self.chain.get(keys, memory.segments)
         assert memory.guards_hold()
         for i, number in enumerate(batch):
             if held[i]:
@@ -102,17 +124,15 @@ class Store(RuleBasedStateMachine):
                 if not self.failing:
                     self.forget({number})  # its damaged copies are gone, so a put heals it
 
-    @rule(batch=batches)
-    def exists(self, batch: list[int]) -> None:
-        here = self.chain.exists([key_of(number) for number in batch])
-        for number, is_here in zip(batch, here, strict=True):
-            if is_here:
-                assert number in self.may_come_back
-            else:
-                assert not self.must_come_back(number)
+    @rule()
+    def hold_below(self) -> None:
+        """What is put waits on its way, until something needs it to be below."""
+        self.held.close()
+        self.held.enter_context(self.lower.hold_puts())
 
     @rule()
     def flush(self) -> None:
+        self.held.close()
         assert self.chain.flush(SOON)
         if not self.failing:
             self.flushed |= self.on_the_way
@@ -120,6 +140,7 @@ class Store(RuleBasedStateMachine):
 
     @rule(namespace=st.sampled_from(NAMESPACES))
     def clear(self, namespace: bytes) -> None:
+        self.held.close()
         self.chain.clear(namespace)
         if self.failing:
             return  # what it could not clear may still come back
@@ -127,20 +148,13 @@ class Store(RuleBasedStateMachine):
         self.may_come_back -= gone
         self.forget(gone)
 
-    @rule(number=numbers)
-    def damage_above(self, number: int) -> None:
-        """And on the way down, where the same bytes wait."""
-        if flip_in_cpu(self.upper, key_of(number)):
-            self.note_damage(number)
-
-    @rule(number=numbers)
-    def damage_below(self, number: int) -> None:
-        if flip_on_disk(self.disk, key_of(number)):
-            self.note_damage(number)
-
-    def note_damage(self, number: int) -> None:
-        self.damaged.add(number)
-        self.ever_damaged = True
+    @rule(number=numbers, above=st.booleans())
+    def damage(self, number: int, above: bool) -> None:
+        """Above is also on the way down, where the same bytes wait."""
+        key = key_of(number)
+        if flip_in_cpu(self.upper, key) if above else flip_on_disk(self.disk, key):
+            self.damaged.add(number)
+            self.ever_damaged = True
 
     def forget(self, lost: set[int]) -> None:
         """They need not come back, until they are put again."""
@@ -150,33 +164,27 @@ class Store(RuleBasedStateMachine):
     @rule()
     def repair(self) -> None:
         if not self.failing:
+            self.held.close()
             assert self.chain.flush(SOON)
             self.chain.check(repair=True)
             assert all(report.ok for report in self.chain.check().values())
             self.forget(self.damaged.copy())
 
-    @rule(reason=st.sampled_from(Reason))
-    def fail_below(self, reason: Reason) -> None:
-        self.lower.failing = reason
-        self.on_the_way.clear()
+    @rule(reason=st.sampled_from([None, *Reason]))
+    def fail_or_recover_below(self, reason: Reason | None) -> None:
+        self.lower.failing = None if self.failing else reason
+        if self.failing:
+            self.on_the_way.clear()
 
-    @rule()
-    def recover_below(self) -> None:
-        self.lower.failing = None
-
-    @rule()
-    def reopen(self) -> None:
+    @rule(killed=st.booleans())
+    def reopen(self, killed: bool) -> None:
+        """What a killed process had not flushed is lost, or not."""
+        if killed:
+            self.lower.failing = Reason.IO
+        self.held.close()
         self.chain.close()
         if not self.failing:
             self.flushed |= self.on_the_way
-        self.on_the_way.clear()
-        self.open()
-
-    @rule()
-    def kill_and_reopen(self) -> None:
-        """What was not flushed is lost, or not."""
-        self.lower.failing = Reason.IO
-        self.chain.close()
         self.on_the_way.clear()
         self.open()
 
@@ -195,6 +203,7 @@ class Store(RuleBasedStateMachine):
         assert self.chain.faults.counts().keys() <= caused
 
     def teardown(self) -> None:
+        self.held.close()
         self.chain.close()
         shutil.rmtree(self.path)
 
@@ -208,5 +217,5 @@ def test_no_history_of_a_store_gives_wrong_bytes_or_loses_flushed_ones(
     monkeypatch.setattr(environment, "_probe", look)
     caplog.set_level(logging.ERROR)
     run_state_machine_as_test(
-        Store, settings=settings(max_examples=200, stateful_step_count=40, deadline=None)
+        Store, settings=settings(max_examples=250, stateful_step_count=50, deadline=None)
     )

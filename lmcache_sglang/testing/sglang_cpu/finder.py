@@ -76,10 +76,15 @@ def install() -> None:
     built for CPU by somebody's own hand, has AMX kernels, and wins. Its stand-in has the `_cpu`
     names only: for the others SGLang tries sgl_kernel first and takes torch on an ImportError.
     """
-    if any(isinstance(finder, StandInFinder) for finder in sys.meta_path):
+    if installed():
         return
     sys.meta_path.insert(0, StandInFinder("torchvision"))
     sys.meta_path.append(StandInFinder("sgl_kernel", suffix="_cpu"))
+
+
+def installed() -> bool:
+    """Whether the stand-ins are on the import path of this process."""
+    return any(isinstance(finder, StandInFinder) for finder in sys.meta_path)
 
 
 def _absent(module: str, qualname: str) -> Absent:

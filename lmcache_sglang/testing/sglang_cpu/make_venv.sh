@@ -50,9 +50,15 @@ rm -f "$stamp"
 : >"$log"
 
 step 1 "virtual environment $venv"
-python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "$python is older than 3.11; set PYTHON" >&2
+new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+python=${PYTHON:-}
+for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13}; do
+    new_enough "$candidate" && { python=$candidate; break; }
+done
+new_enough "$python" || {
+    echo "no python3 of 3.11 or newer; name one with PYTHON" >&2
     exit 1
 }
 [ -x "$venv/bin/python" ] || quietly "$python" -m venv "$venv"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lmcache_sglang.testing.sglang_cpu.config import active
+from lmcache_sglang.testing.sglang_cpu.finder import installed
 
 # Two full contexts of the tiny model in 32 MiB; 288 MiB for one with 18 KiB a token. HiCache's host
 # pool is twice as large.
@@ -16,9 +17,11 @@ HOST_RESERVE_BYTES = 1 << 30
 def activate() -> None:
     """Entry point of the group `sglang.srt.plugins`: SGLang calls it first in each of its processes.
 
-    Imports nothing and changes nothing unless SGLang runs on CPU. What the user chose stands.
+    Imports nothing and changes nothing unless SGLang runs on CPU in an environment where the stand-ins
+    were installed: who serves on CPUs with SGLang's own kernels is left alone. What the user chose
+    stands.
     """
-    if active():
+    if active() and installed():
         _offer_transfers()
         _lower_the_reserve()
         _register_hooks()
