@@ -109,13 +109,18 @@ class DiskTier(Tier):
         return outcome
 
     def _find(self, txn: lmdb.Transaction, keys: Sequence[bytes]) -> dict[bytes, _Record]:
-        """What lies under the keys, unverified, in the file's memory. A lost page is an empty one."""
+        """What lies under the keys, unverified, in the file's memory.
+
+        A page that is lost, or not as long as the index says, is an empty one: a damaged length could
+        reach beyond the file, where reading ends the process.
+        """
         index = _get_many(txn, self._env.tables.index, keys)
         data = _get_many(txn, self._env.tables.pages, [key for key in keys if key in index])
-        return {
-            key: _Record(key, data.get(key, b""), Entry.unpack(entry).checksum)
-            for key, entry in index.items()
-        }
+        found = {}
+        for key, packed in index.items():
+            entry, value = Entry.unpack(packed), data.get(key, b"")
+            found[key] = _Record(key, value if len(value) == entry.length else b"", entry.checksum)
+        return found
 
     def put(
         self, keys: Sequence[bytes], pages: PageSegments, checksums: Sequence[int] | None = None
