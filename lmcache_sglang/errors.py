@@ -57,3 +57,6 @@ class TierError(LMCacheError):
         self.reason = reason
         self.detail = detail
         super().__init__(f"{tier} tier: {reason}: {detail}")
+
+    def __reduce__(self) -> tuple[type[TierError], tuple[str, Reason, str]]:
+        return type(self), (self.tier, self.reason, self.detail)

@@ -1,6 +1,6 @@
 """Opening the LMDB file of a store directory, safely, and the transactions on it.
 
-The first process to open a store has it alone for a moment (an exclusive lock on `in-use`): it looks at
+The first process to open a store has it alone for a moment (an exclusive lock on a file beside it): it looks at
 the file in a child process (probe.py), makes or resizes it, and writes the map size down. Every later
 one opens it with that same map size, since LMDB processes must agree on it. The locks are the kernel's,
 so a killed process leaves nothing behind.
@@ -116,7 +116,7 @@ class Environment:
                 self._env.set_mapsize(self.map_size)
 
     def _rewrite(self) -> None:
-        copy = self.file.with_suffix(".new")
+        copy = self.path / layout.NEW
         copy.unlink(missing_ok=True)
         try:
             with self._translated():
@@ -125,7 +125,9 @@ class Environment:
             copy.unlink(missing_ok=True)
             raise
         self._env.close()
+        _sync(copy)  # whole on the disk, before it takes the other one's name
         copy.replace(self.file)
+        _sync(self.path)
         self._env, self.tables = self._make()
 
     def _make(self) -> tuple[lmdb.Environment, Tables]:
@@ -221,6 +223,14 @@ class Environment:
             os.close(self._in_use)
         else:  # to close it under a reader would be a crash; the kernel closes both with the process
             logger.warning("%s is still being read; left open", self.file)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _make_directory(path: Path) -> None:

@@ -2,8 +2,9 @@
 
     <path>/pages.lmdb         the LMDB file (one file, no subdirectory)
     <path>/pages.lmdb-lock    LMDB's own reader table and writer lock
-    <path>/in-use             locked shared by every process that has the store open
-    <path>/writing            locked by the process that writes, before LMDB's own lock
+    <path>/pages.lmdb-in-use  locked shared by every process that has the store open
+    <path>/pages.lmdb-writing locked by the process that writes, before LMDB's own lock
+    <path>/pages.lmdb-new     a smaller copy in the making, when the limit was lowered
 
 Four tables, all numbers little-endian but for the order table's keys:
 
@@ -25,8 +26,9 @@ from ..base import KEY_BYTES
 from .probe import Expected
 
 FILE = "pages.lmdb"
-LOCK = "in-use"
-TURN = "writing"
+LOCK = "pages.lmdb-in-use"
+TURN = "pages.lmdb-writing"
+NEW = "pages.lmdb-new"
 
 MAGIC = b"lmcache-sglang pages"
 FORMAT = 1
