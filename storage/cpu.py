@@ -15,7 +15,7 @@ from threading import Lock
 from typing import NamedTuple
 
 from ..errors import Reason, TierError
-from ..kernels.pages import PageSegments, gather, scatter
+from ..kernels.pages import PageSegments, gather
 from ..kernels.pages import checksums as checksums_of
 from .base import (
     CheckReport,
@@ -26,6 +26,7 @@ from .base import (
     UpperTier,
     require_equally_many,
 )
+from .record import deliver
 
 
 class _Record(NamedTuple):
@@ -57,19 +58,9 @@ class CpuTier(UpperTier):
         require_equally_many(keys, into)
         with self._lock:
             self._require_open()
-            here = [i for i, key in enumerate(keys) if key in self._records]
-            found = [self._records[keys[i]] for i in here]
-            self._touch([keys[i] for i in here])
-        whole = scatter(
-            [keys[i] for i in here],
-            [record.data for record in found],
-            [record.checksum for record in found],
-            into.select(here),
-        )
-        outcome = [Lookup.MISS] * len(keys)
-        for i, ok in zip(here, whole, strict=True):
-            outcome[i] = Lookup.HIT if ok else Lookup.CORRUPT
-        return outcome
+            found = {key: self._records[key] for key in keys if key in self._records}
+            self._touch([key for key in keys if key in found])
+        return deliver(keys, found, into)
 
     def put(
         self, keys: Sequence[bytes], pages: PageSegments, checksums: Sequence[int] | None = None

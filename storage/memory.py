@@ -9,11 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import Lock
+from typing import NamedTuple
 
 from ..errors import Reason, TierError
-from ..kernels.pages import PageSegments, gather, scatter
+from ..kernels.pages import PageSegments, gather
 from ..kernels.pages import checksums as checksums_of
 from .base import CheckReport, Lookup, Stored, Tier, TierStats, require_equally_many
+from .record import deliver
+
+
+class _Page(NamedTuple):
+    data: bytes
+    checksum: int
 
 
 class MemoryTier(Tier):
@@ -22,7 +29,7 @@ class MemoryTier(Tier):
     def __init__(self, capacity: int, name: str = "memory") -> None:
         self.name = name
         self.capacity = capacity
-        self._records: dict[bytes, tuple[bytes, int]] | None = {}
+        self._records: dict[bytes, _Page] | None = {}
         self._lock = Lock()
 
     def fits(self, page_bytes: int) -> bool:
@@ -37,18 +44,8 @@ class MemoryTier(Tier):
         require_equally_many(keys, into)
         with self._lock:
             records = self._open()
-            here = [i for i, key in enumerate(keys) if key in records]
-            found = [records[keys[i]] for i in here]
-        outcome = [Lookup.MISS] * len(keys)
-        whole = scatter(
-            [keys[i] for i in here],
-            [data for data, _ in found],
-            [checksum for _, checksum in found],
-            into.select(here),
-        )
-        for i, ok in zip(here, whole, strict=True):
-            outcome[i] = Lookup.HIT if ok else Lookup.CORRUPT
-        return outcome
+            found = {key: records[key] for key in keys if key in records}
+        return deliver(keys, found, into)
 
     def put(
         self, keys: Sequence[bytes], pages: PageSegments, checksums: Sequence[int] | None = None
@@ -71,7 +68,7 @@ class MemoryTier(Tier):
             return Stored.PRESENT
         if self._used() + len(data) > self.capacity:
             return Stored.REFUSED
-        records[key] = (data, checksum)
+        records[key] = _Page(data, checksum)
         return Stored.STORED
 
     def remove(self, keys: Sequence[bytes]) -> int:
@@ -108,7 +105,7 @@ class MemoryTier(Tier):
     def _used(self) -> int:
         return sum(len(data) for data, _ in self._open().values())
 
-    def _open(self) -> dict[bytes, tuple[bytes, int]]:
+    def _open(self) -> dict[bytes, _Page]:
         if self._records is None:
             raise TierError(self.name, Reason.CLOSED, "it was closed")
         return self._records

@@ -13,8 +13,9 @@ from threading import Condition, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import TierError
-from ..kernels.pages import PageSegments, scatter
+from ..kernels.pages import PageSegments
 from .base import Lease, Lookup, Stored, Tier
+from .record import deliver
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -23,7 +24,7 @@ GROUP_BYTES = 64 << 20  # handed to the lower tier at once
 
 
 class _Waiting(NamedTuple):
-    record: Buffer  # referred to here, so that it stays where it is
+    data: Buffer  # referred to here, so that it stays where it is
     size: int
     checksum: int
 
@@ -101,17 +102,7 @@ class Spill:
         """As `Tier.get`, of the pages that wait."""
         with self._changed:
             found = {key: self._waiting[key] for key in keys if key in self._waiting}
-        here = [i for i, key in enumerate(keys) if key in found]
-        whole = scatter(
-            [keys[i] for i in here],
-            [found[keys[i]].record for i in here],
-            [found[keys[i]].checksum for i in here],
-            into.select(here),
-        )
-        outcome = [Lookup.MISS] * len(keys)
-        for i, ok in zip(here, whole, strict=True):
-            outcome[i] = Lookup.HIT if ok else Lookup.CORRUPT
-        return outcome
+        return deliver(keys, found, into)
 
     def drop(self, doomed: Callable[[bytes], bool], timeout: float) -> bool:
         """Forget the pages whose key is doomed; wait for those that are being written right now.
@@ -193,7 +184,7 @@ class Spill:
             return group
 
     def _write(self, group: dict[bytes, _Waiting]) -> None:
-        records = [page.record for page in group.values()]
+        records = [page.data for page in group.values()]
         try:
             stored = self._lower.put(
                 list(group),

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -76,7 +76,8 @@ class Environment:
         self._gate = Gate(name)
         self._closing = Lock()
         self._closed = False
-        try:
+        with ExitStack() as undo:
+            undo.callback(os.close, self._in_use)
             self.alone = _lock(self._in_use, path)
             if self.alone:
                 _require_ours(self.file)
@@ -84,10 +85,9 @@ class Environment:
             else:
                 self.map_size = _read_map_size(self._in_use, self.file)
             self._turn = Turn(name, path / layout.TURN)
+            undo.callback(self._turn.close)
             self._env, self.tables = self._make()
-        except BaseException:
-            os.close(self._in_use)
-            raise
+            undo.pop_all()
         self.page = int(self._env.stat()["psize"])
 
     def _room_to_shrink(self) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from threading import Lock
@@ -23,10 +23,11 @@ from typing import NamedTuple
 import lmdb
 
 from ...errors import ConfigError, Reason, TierError
-from ...kernels.pages import PageSegments, gather, scatter
+from ...kernels.pages import PageSegments, gather
 from ...kernels.pages import checksums as checksums_of
 from ..base import CheckReport, Lookup, Stored, Tier, TierStats, require_equally_many
 from ..groups import groups
+from ..record import deliver
 from .environment import Environment
 from .layout import Entry, cost
 from .ledger import Ledger, Value, count, total
@@ -65,15 +66,15 @@ class DiskTier(Tier):
         self._touched_lock = Lock()
         self._evicted = 0
         self._no_room_until = 0.0  # on time.monotonic
-        try:
-            if self._env.alone:
-                self._shrink(size)
-            self._env.share()
-        except BaseException as error:
-            self._env.close()
-            if isinstance(error, TierError):
+        with ExitStack() as undo:
+            undo.callback(self._env.close)
+            try:
+                if self._env.alone:
+                    self._shrink(size)
+            except TierError as error:
                 raise ConfigError("disk.size", _why_not_smaller(self._env.file, error)) from error
-            raise
+            self._env.share()
+            undo.pop_all()
         self.capacity = min(self.capacity, int(self._env.map_size * USABLE))
 
     def _shrink(self, size: int) -> None:
@@ -93,19 +94,9 @@ class DiskTier(Tier):
 
     def get(self, keys: Sequence[bytes], into: PageSegments) -> list[Lookup]:
         require_equally_many(keys, into)
-        outcome = [Lookup.MISS] * len(keys)
         with self._env.read() as txn:
-            found = self._find(txn, keys)
-            here = [i for i, key in enumerate(keys) if key in found]
-            whole = scatter(
-                [keys[i] for i in here],
-                [found[keys[i]].data for i in here],
-                [found[keys[i]].checksum for i in here],
-                into.select(here),
-            )
-        for i, ok in zip(here, whole, strict=True):
-            outcome[i] = Lookup.HIT if ok else Lookup.CORRUPT
-        self._touch([keys[i] for i, ok in zip(here, whole, strict=True) if ok])
+            outcome = deliver(keys, self._find(txn, keys), into)
+        self._touch([key for key, o in zip(keys, outcome, strict=True) if o is Lookup.HIT])
         return outcome
 
     def _find(self, txn: lmdb.Transaction, keys: Sequence[bytes]) -> dict[bytes, _Record]:

@@ -21,5 +21,5 @@ class TestMemoryTier(TierSuite):
     def corrupt(self, tier: Tier, key: bytes) -> None:
         records = cast("MemoryTier", tier)._records
         assert records is not None
-        data, checksum = records[key]
-        records[key] = (data[:-1] + bytes([data[-1] ^ 1]), checksum)
+        page = records[key]
+        records[key] = page._replace(data=page.data[:-1] + bytes([page.data[-1] ^ 1]))
