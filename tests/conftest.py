@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
@@ -29,3 +31,15 @@ def sglang() -> Iterator[None]:
             import_module("sglang.srt.mem_cache.memory_pool_host")
             import_module("sglang.srt.mem_cache.storage")
         yield
+
+
+def pytest_unconfigure() -> None:
+    """Never free what SWIG shares between its modules.
+
+    SGLang imports sentencepiece 0.2.1, whose bindings free it after their own types are gone: the
+    interpreter then ends with SIGSEGV, although every test has passed.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("swig_runtime_data"):
+            for shared in vars(module).values():
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(shared))
