@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from threading import Lock
 from typing import NamedTuple
 
@@ -117,16 +118,20 @@ class CpuTier(UpperTier):
     def _copy(self, keys: Sequence[bytes], pages: PageSegments) -> list[_Record]:
         """Records of pages whose room is reserved; gives the room back when that fails."""
         sizes = pages.page_bytes()
-        try:
-            copies = [bytearray(size) for size in sizes]
-            return [*map(_Record, copies, gather(keys, pages, copies))]
-        except BaseException as error:
-            with self._lock:
-                self._used -= sum(sizes)
-            if isinstance(error, MemoryError):
+        with ExitStack() as undo:
+            undo.callback(self._give_back, sum(sizes))
+            try:
+                copies = [bytearray(size) for size in sizes]
+            except MemoryError as error:
                 detail = "the machine has no memory left"
                 raise TierError(self.name, Reason.FULL, detail) from error
-            raise
+            records = [*map(_Record, copies, gather(keys, pages, copies))]
+            undo.pop_all()
+        return records
+
+    def _give_back(self, reserved: int) -> None:
+        with self._lock:
+            self._used -= reserved
 
     def _publish(self, key: bytes, record: _Record) -> Stored:
         """Put a record whose bytes are reserved into the table, unless another thread was first."""
