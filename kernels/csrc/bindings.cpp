@@ -3,18 +3,25 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
-#include <string>
+#include <array>
+#include <span>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "pages.hpp"
+#include "simd.hpp"
+#include "workers.hpp"
 
 namespace nb = nanobind;
 
 namespace {
 
-using lmcache::Record;
 using lmcache::Segment;
+using lmcache::Simd;
+using lmcache::Workers;
+
+using Record = std::span<uint8_t>;
 
 // The buffers of a batch of records, held for as long as native code works on them.
 class Records {
@@ -91,14 +98,12 @@ std::vector<uint64_t> gather_pages(const nb::list& key_objects, const nb::list& 
   const Records records(record_objects, PyBUF_WRITABLE);
   require_same_length(keys.size(), records.size(), pages.pages());
   for (size_t i = 0; i < records.size(); ++i)
-    if (lmcache::bytes_of(pages[i]) != records[i].bytes)
+    if (lmcache::bytes_of(pages[i]) != records[i].size())
       throw nb::value_error("a record's length differs from its page's");
   std::vector<uint64_t> checksums(records.size());
   nb::gil_scoped_release unlocked;
-  for (size_t i = 0; i < records.size(); ++i) {
-    lmcache::gather(pages[i], records[i]);
-    checksums[i] = lmcache::page_checksum(keys[i], records[i]);
-  }
+  for (size_t i = 0; i < records.size(); ++i)
+    checksums[i] = lmcache::gather(pages[i], records[i].data(), lmcache::page_seed(keys[i]));
   return checksums;
 }
 
@@ -114,9 +119,10 @@ std::vector<bool> scatter_pages(const nb::list& key_objects, const nb::list& rec
   std::vector<bool> whole(records.size());
   nb::gil_scoped_release unlocked;
   for (size_t i = 0; i < records.size(); ++i) {
-    whole[i] = lmcache::bytes_of(pages[i]) == records[i].bytes &&
-               lmcache::page_checksum(keys[i], records[i]) == checksums[i];
-    if (whole[i]) lmcache::scatter(records[i], pages[i]);
+    const uint64_t seed = lmcache::page_seed(keys[i]);
+    whole[i] = lmcache::bytes_of(pages[i]) == records[i].size() &&
+               lmcache::checksum(records[i], seed) == checksums[i];
+    if (whole[i]) lmcache::scatter(records[i].data(), pages[i], seed);
   }
   return whole;
 }
@@ -128,12 +134,8 @@ std::vector<uint64_t> checksum_pages(const nb::list& key_objects, const nb::list
   std::vector<uint64_t> checksums(records.size());
   nb::gil_scoped_release unlocked;
   for (size_t i = 0; i < records.size(); ++i)
-    checksums[i] = lmcache::page_checksum(keys[i], records[i]);
+    checksums[i] = lmcache::checksum(records[i], lmcache::page_seed(keys[i]));
   return checksums;
-}
-
-uint64_t xxh3_of(const nb::bytes& data, uint64_t seed) {
-  return lmcache::xxh3_64(data.c_str(), data.size(), seed);
 }
 
 uint64_t address_of(nb::handle object, bool writable) {
@@ -145,6 +147,63 @@ uint64_t address_of(nb::handle object, bool writable) {
   return address;
 }
 
+// The rest is called by tests alone.
+
+uint64_t scatter_page(const nb::bytes& key, nb::handle record,
+                      const std::vector<uint64_t>& addresses, const std::vector<uint64_t>& sizes) {
+  nb::list only;
+  only.append(record);
+  const Records records(only, PyBUF_SIMPLE);
+  const Segments pages(addresses, sizes, addresses.size());
+  if (lmcache::bytes_of(pages[0]) != records[0].size())
+    throw nb::value_error("the record's length differs from its page's");
+  const uint64_t seed = lmcache::page_seed({key.c_str(), key.size()});
+  nb::gil_scoped_release unlocked;
+  return lmcache::scatter(records[0].data(), pages[0], seed);
+}
+
+uint64_t checksum_page(const nb::bytes& key, const std::vector<uint64_t>& addresses,
+                       const std::vector<uint64_t>& sizes) {
+  const Segments pages(addresses, sizes, addresses.size());
+  return lmcache::checksum(pages[0], lmcache::page_seed({key.c_str(), key.size()}));
+}
+
+uint64_t xxh3_of_parts(const nb::list& parts, uint64_t seed) {
+  const Records records(parts, PyBUF_SIMPLE);
+  lmcache::Xxh3 hash(seed);
+  for (size_t i = 0; i < records.size(); ++i) hash.update(records[i].data(), records[i].size());
+  return hash.digest();
+}
+
+uint64_t xxh3_of(const nb::bytes& data, uint64_t seed) {
+  return lmcache::xxh3_64(data.c_str(), data.size(), seed);
+}
+
+constexpr std::array<std::pair<std::string_view, Simd>, 3> kSimdUnits = {
+    {{"baseline", Simd::kBaseline}, {"avx2", Simd::kAvx2}, {"avx512", Simd::kAvx512}}};
+
+nb::list simd_units() {
+  nb::list names;
+  for (const auto& [name, unit] : kSimdUnits)
+    if (lmcache::supports(unit)) names.append(nb::str(name.data(), name.size()));
+  return names;
+}
+
+void use_simd(std::string_view wanted) {
+  for (const auto& [name, unit] : kSimdUnits)
+    if (name == wanted && lmcache::supports(unit)) return lmcache::simd().store(unit);
+  throw nb::value_error("no such vector unit here");
+}
+
+void run_workers(Workers& workers, size_t count, const nb::callable& job) {
+  const Workers::Job call = [&job](size_t i) {
+    const nb::gil_scoped_acquire locked;
+    job(i);
+  };
+  nb::gil_scoped_release unlocked;
+  workers.run(count, call);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -154,6 +213,15 @@ NB_MODULE(_native, m) {
   m.def("scatter_pages", &scatter_pages, "keys"_a, "records"_a, "checksums"_a, "addresses"_a,
         "sizes"_a, "per_page"_a);
   m.def("checksum_pages", &checksum_pages, "keys"_a, "records"_a);
-  m.def("xxh3_64", &xxh3_of, "data"_a, "seed"_a = 0);
   m.def("address_of", &address_of, "buffer"_a, "writable"_a);
+
+  m.def("scatter_page", &scatter_page, "key"_a, "record"_a, "addresses"_a, "sizes"_a);
+  m.def("checksum_page", &checksum_page, "key"_a, "addresses"_a, "sizes"_a);
+  m.def("xxh3_64", &xxh3_of, "data"_a, "seed"_a = 0);
+  m.def("xxh3_64_of_parts", &xxh3_of_parts, "parts"_a, "seed"_a = 0);
+  m.def("simd_units", &simd_units);
+  m.def("use_simd", &use_simd, "unit"_a);
+  nb::class_<Workers>(m, "Workers")
+      .def(nb::init<unsigned>(), "threads"_a)
+      .def("run", &run_workers, "count"_a, "job"_a);
 }

@@ -13,6 +13,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lanes.hpp"
+#include "simd.hpp"
+
 namespace lmcache {
 namespace xxh3 {
 
@@ -27,12 +30,8 @@ inline constexpr uint64_t kPrime64_3 = 0x165667B19E3779F9ULL;
 inline constexpr uint64_t kPrime64_4 = 0x85EBCA77C2B2AE63ULL;
 inline constexpr uint64_t kPrime64_5 = 0x27D4EB2F165667C5ULL;
 
-inline constexpr size_t kSecretBytes = 192;
-inline constexpr size_t kStripeBytes = 64;
+inline constexpr size_t kShortBytes = 240;  // inputs up to here are hashed another way
 inline constexpr size_t kLanes = 8;
-inline constexpr size_t kSecretStep = 8;  // the secret moves on by this much for each stripe
-inline constexpr size_t kStripesPerBlock = (kSecretBytes - kStripeBytes) / kSecretStep;
-inline constexpr size_t kBlockBytes = kStripeBytes * kStripesPerBlock;
 
 inline constexpr uint8_t kSecret[kSecretBytes] = {
     0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,
@@ -125,73 +124,121 @@ inline uint64_t hash_129_to_240(const uint8_t* in, size_t n, uint64_t seed) {
   return avalanche(acc + mix16(in + n - 16, kSecret + 136 - 17, seed));
 }
 
-// Eight 64-bit lanes as one value, so that the accumulator stays in registers from stripe to stripe
-// (through memory it is bound by the latency of a store and a load: 19 against 118 GB/s on 2 MiB).
-typedef uint64_t Lanes __attribute__((vector_size(64)));
-
-inline void load(Lanes& lanes, const void* p) { std::memcpy(&lanes, p, sizeof lanes); }
-
-inline void accumulate(Lanes& acc, const uint8_t* in, const uint8_t* secret) {
-  Lanes data, key;
-  load(data, in);
-  load(key, secret);
-  key ^= data;
-  acc += __builtin_shufflevector(data, data, 1, 0, 3, 2, 5, 4, 7, 6);
-  acc += (key & 0xFFFFFFFFULL) * (key >> 32);
+inline uint64_t hash_short(const uint8_t* in, size_t n, uint64_t seed) {
+  if (n > 128) return hash_129_to_240(in, n, seed);
+  if (n > 16) return hash_17_to_128(in, n, seed);
+  return hash_0_to_16(in, n, seed);
 }
 
-inline void scramble(Lanes& acc, const uint8_t* secret) {
-  Lanes key;
-  load(key, secret);
-  acc ^= (acc >> 47) ^ key;
-  acc *= static_cast<uint64_t>(kPrime32_1);
-}
-
-// One copy for each width of vector unit, the loader picks: 118 GB/s with AVX2 or AVX-512 where the
-// baseline SSE2 gives 14 (2 MiB in the second-level cache).
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#endif
-inline void accumulate_all(uint64_t* sums, const uint8_t* in, size_t n, const uint8_t* secret) {
-  Lanes acc;
-  load(acc, sums);
-  const size_t blocks = (n - 1) / kBlockBytes;
-  for (size_t block = 0; block < blocks; ++block, in += kBlockBytes) {
-    for (size_t i = 0; i < kStripesPerBlock; ++i)
-      accumulate(acc, in + i * kStripeBytes, secret + i * kSecretStep);
-    scramble(acc, secret + kSecretBytes - kStripeBytes);
+// The hash of an input of more than 240 bytes, on its way.
+class LongHash {
+ public:
+  explicit LongHash(uint64_t seed) {
+    for (size_t i = 0; i < kSecretBytes; i += 16) {
+      store64(secret_ + i, load64(kSecret + i) + seed);
+      store64(secret_ + i + 8, load64(kSecret + i + 8) - seed);
+    }
   }
-  const size_t left = n - blocks * kBlockBytes;
-  for (size_t i = 0; i < (left - 1) / kStripeBytes; ++i)
-    accumulate(acc, in + i * kStripeBytes, secret + i * kSecretStep);
-  accumulate(acc, in + left - kStripeBytes, secret + kSecretBytes - kStripeBytes - 7);
-  std::memcpy(sums, &acc, sizeof acc);
-}
 
-inline uint64_t hash_long(const uint8_t* in, size_t n, uint64_t seed) {
-  uint8_t secret[kSecretBytes];
-  for (size_t i = 0; i < kSecretBytes; i += 16) {
-    store64(secret + i, load64(kSecret + i) + seed);
-    store64(secret + i + 8, load64(kSecret + i + 8) - seed);
+  // At least one byte of input must follow.
+  void take(const uint8_t* in, size_t stripes) {
+    run_simd<AccumulateStripes>(+sums_, in, stripes, at_, static_cast<const uint8_t*>(secret_));
+    at_ = (at_ + stripes) % kStripesPerBlock;
   }
-  alignas(64) uint64_t acc[kLanes] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
-                                      kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
-  accumulate_all(acc, in, n, secret);
-  uint64_t merged = n * kPrime64_1;
-  for (size_t i = 0; i < kLanes; i += 2)
-    merged += fold(acc[i] ^ load64(secret + 11 + 8 * i), acc[i + 1] ^ load64(secret + 19 + 8 * i));
-  return avalanche(merged);
-}
+
+  // `last` is the end of the input, which overlaps what was taken unless n is a multiple of 64.
+  uint64_t finish(const uint8_t* last, size_t n) const {
+    Lanes<16> lanes(sums_);
+    lanes.accumulate(last, secret_ + kSecretBytes - kStripeBytes - 7);
+    uint64_t sums[kLanes];
+    std::memcpy(sums, lanes.vectors, sizeof sums);
+    uint64_t merged = n * kPrime64_1;
+    for (size_t i = 0; i < kLanes; i += 2)
+      merged +=
+          fold(sums[i] ^ load64(secret_ + 11 + 8 * i), sums[i + 1] ^ load64(secret_ + 19 + 8 * i));
+    return avalanche(merged);
+  }
+
+ private:
+  alignas(64) uint64_t sums_[kLanes] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
+                                        kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
+  uint8_t secret_[kSecretBytes];
+  size_t at_ = 0;  // stripes taken of the current block
+};
 
 }  // namespace xxh3
 
 inline uint64_t xxh3_64(const void* data, size_t n, uint64_t seed = 0) {
   const auto* in = static_cast<const uint8_t*>(data);
-  if (n > 240) return xxh3::hash_long(in, n, seed);
-  if (n > 128) return xxh3::hash_129_to_240(in, n, seed);
-  if (n > 16) return xxh3::hash_17_to_128(in, n, seed);
-  return xxh3::hash_0_to_16(in, n, seed);
+  if (n <= xxh3::kShortBytes) return xxh3::hash_short(in, n, seed);
+  xxh3::LongHash hash(seed);
+  hash.take(in, (n - 1) / xxh3::kStripeBytes);
+  return hash.finish(in + n - xxh3::kStripeBytes, n);
 }
+
+// The same hash of bytes that come in pieces.
+class Xxh3 {
+ public:
+  explicit Xxh3(uint64_t seed) : seed_(seed), long_(seed) {}
+
+  void update(const void* data, size_t n) {
+    const auto* in = static_cast<const uint8_t*>(data);
+    total_ += n;
+    if (held_ + n > kHeldBytes) {
+      const size_t taken = drain(in, n);
+      in += taken;
+      n -= taken;
+    }
+    hold(in, n);
+  }
+
+  uint64_t digest() const {
+    if (total_ <= xxh3::kShortBytes) return xxh3::hash_short(held(), held_, seed_);
+    xxh3::LongHash hash = long_;
+    hash.take(held(), (held_ - 1) / xxh3::kStripeBytes);
+    return hash.finish(held() + held_ - xxh3::kStripeBytes, total_);
+  }
+
+ private:
+  static constexpr size_t kStripeBytes = xxh3::kStripeBytes;
+  // Whole stripes, and enough of them that an input of the short classes is held to its end.
+  static constexpr size_t kHeldBytes = 4 * kStripeBytes;
+  static_assert(kHeldBytes >= xxh3::kShortBytes);
+
+  const uint8_t* held() const { return window_ + kStripeBytes; }
+
+  void hold(const uint8_t* in, size_t n) {
+    if (n > 0) std::memcpy(window_ + kStripeBytes + held_, in, n);
+    held_ += n;
+  }
+
+  // Takes what is held and all of the input that can be taken while a byte is still to follow;
+  // returns how much of the input that was. The caller has more than the window holds.
+  size_t drain(const uint8_t* in, size_t n) {
+    size_t filled = 0;
+    if (held_ > 0) {
+      filled = kHeldBytes - held_;
+      hold(in, filled);
+      take(held(), kHeldBytes / kStripeBytes);
+      held_ = 0;
+    }
+    const size_t stripes = (n - filled - 1) / kStripeBytes;
+    if (stripes > 0) take(in + filled, stripes);
+    return filled + stripes * kStripeBytes;
+  }
+
+  void take(const uint8_t* in, size_t stripes) {
+    long_.take(in, stripes);
+    std::memmove(window_, in + (stripes - 1) * kStripeBytes, kStripeBytes);
+  }
+
+  uint64_t seed_;
+  xxh3::LongHash long_;
+  uint64_t total_ = 0;
+  size_t held_ = 0;
+  // The last stripe that was taken, and behind it the bytes that are held: so the last 64 bytes of
+  // the input, which the end of the hash needs, always lie in one piece.
+  uint8_t window_[kStripeBytes + kHeldBytes];
+};
 
 }  // namespace lmcache
