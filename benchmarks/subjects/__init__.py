@@ -1,0 +1,1 @@
+"""What is measured: our store, its peers, and the machine's own limits, one file each."""

@@ -1,0 +1,188 @@
+"""Our store: the slab tier, in memory and on disk. All that the benchmarks know about it is in this file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from benchmarks.subjects.base import Batch, Options, Subject, SubjectError, addresses, drop_files
+from lmcache_sglang.kernels.pages import PageSegments
+from lmcache_sglang.storage.base import Lookup, Stored, page_key
+from lmcache_sglang.storage.slab import files, plan
+from lmcache_sglang.storage.slab.opening import Place
+from lmcache_sglang.storage.slab.plan import BLOCK, Plan
+from lmcache_sglang.storage.slab.settings import SlabSettings
+from lmcache_sglang.storage.slab.tier import SlabTier
+
+NAMESPACE = hashlib.sha256(b"benchmarks").digest()[:16]
+SPARE = 2  # times the bytes of a round: what a store is given, so that none evicts by accident
+LEAST = 64 << 20
+DEPTH = SlabSettings().queue_depth  # of our reads and writes; raw direct I/O is measured at it too
+
+Outcome = TypeVar("Outcome", Stored, Lookup)
+
+
+def _open(
+    medium: str, directory: Path, size: int, threads: int = SlabSettings().threads
+) -> SlabTier:
+    """The tier of a medium (`dram`, `nvme`) in a directory, with `size` bytes."""
+    place = Place(directory / "store", memory=medium == "dram")
+    return SlabTier(place, size, SlabSettings(threads=threads), name=medium)
+
+
+def bytes_for(pages: int) -> int:
+    """The least capacity whose index has room for so many pages of the smallest size."""
+    size = max(LEAST, pages * BLOCK)
+    while Plan.of(size).pages_most < pages:
+        size += size // 64
+    return size
+
+
+def require(outcome: list[Outcome], wanted: Outcome) -> None:
+    """Raise unless each page met its one good end."""
+    if outcome.count(wanted) != len(outcome):
+        worst = next(each for each in outcome if each is not wanted)
+        raise SubjectError(f"{worst} where {wanted} was expected")
+
+
+def segments(rows_at: Sequence[int], page_bytes: int) -> PageSegments:
+    """One segment a page."""
+    return PageSegments(rows_at, [page_bytes] * len(rows_at), 1)
+
+
+@dataclass(frozen=True)
+class _Call:
+    keys: list[bytes]
+    source: PageSegments
+    target: PageSegments
+
+
+class _Ours(Subject):
+    medium: ClassVar[str]
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        all_pages = options.pages * options.workers
+        self._size = max(bytes_for(all_pages), all_pages * options.page_bytes * SPARE)
+        self._tier = _open(self.medium, options.directory, self._size, options.threads)
+        self._calls: dict[bytes, _Call] = {}
+
+    def version(self) -> str:
+        return f"lmcache-sglang {version('lmcache-sglang')}, {type(self._tier).__name__}"
+
+    def prepare(self, batch: Batch) -> None:
+        size = self.options.page_bytes
+        self._calls[batch.keys[0]] = _Call(
+            [page_key(NAMESPACE, key) for key in batch.keys],
+            segments(addresses(batch.source), size),
+            segments(addresses(batch.target), size),
+        )
+
+    def put(self, batch: Batch) -> None:
+        call = self._calls[batch.keys[0]]
+        require(self._tier.put(call.keys, call.source), Stored.STORED)
+
+    def get(self, batch: Batch) -> None:
+        call = self._calls[batch.keys[0]]
+        require(self._tier.get(call.keys, call.target), Lookup.HIT)
+
+    def exists(self, batch: Batch) -> int:
+        here = self._tier.exists(self._calls[batch.keys[0]].keys)
+        return here.index(False) if False in here else len(here)
+
+    def forget(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            self._tier.remove(self._calls.pop(batch.keys[0]).keys)
+
+    def close(self) -> None:
+        self._tier.close()
+
+
+class OursDram(_Ours):
+    medium: ClassVar[str] = "dram"
+    setup: ClassVar[str] = (
+        "SlabTier in /dev/shm, its own copy threads as many as said, else default settings; checksums "
+        "verified on every read"
+    )
+    durable: ClassVar[str] = "in memory, outlives the process"
+
+
+class OursNvme(_Ours):
+    medium: ClassVar[str] = "nvme"
+    setup: ClassVar[str] = (
+        f"SlabTier in a file, default settings (direct I/O, depth {DEPTH}); checksums verified on every read"
+    )
+    durable: ClassVar[str] = "the store itself, before put returns"
+
+    def drop_cache(self) -> None:
+        drop_files(self.data_files())
+
+    def data_files(self) -> list[Path]:
+        return [self.options.directory / "store" / files.REGION]
+
+
+class Index:
+    """A store full of the smallest pages, to time its index; see benchmarks/growth.py."""
+
+    page_bytes = BLOCK
+
+    def __init__(self, tier: SlabTier, directory: Path) -> None:
+        self._tier = tier
+        self._directory = directory / "store"
+
+    def insert(self, keys: Sequence[bytes], pages: PageSegments) -> None:
+        require(self._tier.put([page_key(NAMESPACE, key) for key in keys], pages), Stored.STORED)
+
+    def lookup(self, keys: Sequence[bytes]) -> int:
+        return sum(self._tier.exists([page_key(NAMESPACE, key) for key in keys]))
+
+    @property
+    def evicted(self) -> int:
+        return self._tier.stats().evicted
+
+    @property
+    def index_bytes_per_page(self) -> float:
+        """What the index uses of its file, old versions of its nodes included."""
+        counts = self._tier.counts()
+        return counts["index_bytes"] / counts["pages"]
+
+    @property
+    def bytes_beside_pages(self) -> int:
+        """Of all files but the one with the pages; they are allocated in full from the start."""
+        paths = [path for path in self._directory.iterdir() if path.name != files.REGION]
+        return sum(path.stat().st_blocks * 512 for path in paths)
+
+
+@contextmanager
+def _planned_for_small_pages() -> Iterator[None]:
+    """A store is planned for pages of 16 KiB and more, so that 10^7 smaller ones take 160 GB. What is timed
+    here is the index alone: let the plan be for the smallest pages, and 10^7 of them take 44 GB.
+    """
+    before = plan.PAGE_USUAL, plan.SLOTS_MOST
+    plan.PAGE_USUAL, plan.SLOTS_MOST = BLOCK, plan.SLAB_MOST // BLOCK
+    try:
+        yield
+    finally:
+        plan.PAGE_USUAL, plan.SLOTS_MOST = before
+
+
+def index_capacity(room: int) -> int:
+    """Bytes that `index` takes."""
+    with _planned_for_small_pages():
+        return bytes_for(room)
+
+
+@contextmanager
+def index(medium: str, directory: Path, room: int) -> Iterator[Index]:
+    """An empty store with room for so many of the smallest pages, and then it evicts."""
+    with _planned_for_small_pages():
+        tier = _open(medium, directory, bytes_for(room))
+    try:
+        yield Index(tier, directory)
+    finally:
+        tier.close()
