@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 VENV := .venv-sglang
 BIN := $(VENV)/bin
-CPP := $(wildcard kernels/csrc/*.cpp kernels/csrc/*.hpp)
+CPP := $(wildcard kernels/csrc/*.[ch]pp storage/csrc/*.[ch]pp)
 
 .PHONY: help demo test test-quick lint format venv bench clean
 
@@ -35,8 +35,8 @@ format: venv ## put every file into its form
 venv: ## the environment of all this: SGLang for CPU and this checkout, in .venv-sglang
 	@lmcache_sglang/testing/sglang_cpu/make_venv.sh $(VENV)
 
-bench: ## benchmarks come with the storage engine
-	@echo "There is no benchmark yet: this version's store is a first one, small and correct."; exit 1
+bench: venv ## our store beside its peers, tables in docs/benchmarks (ARGS=--quick; ARGS=--help)
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove what was built and downloaded here
 	rm -rf .venv-sglang .venv-gpu .cache build .pytest_cache .mypy_cache .ruff_cache .hypothesis

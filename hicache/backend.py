@@ -116,7 +116,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> int:
         """How many of the first pages are stored, without a gap."""
-        return self._chain.prefix(self._keys(keys))
+        return self._chain.prefix(_keys(self._namespace, keys))
 
     def exists(self, key: str) -> bool:
         return self.batch_exists([key]) == 1
@@ -129,7 +129,10 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
     ) -> list[bool]:
         """Copy pages into the host pool; which of them it now holds, verified."""
         started = time.perf_counter()
-        held = self._chain.get(self._keys(keys), self._segments(host_indices))
+        named = self._namespace
+        parent, _ = _before(named, extra_info)
+        into = self._segments(host_indices)
+        held = self._chain.get(_keys(named, keys), into, parent=parent)
         self._measure(read=True, pages=sum(held), started=started)
         return held
 
@@ -141,7 +144,10 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
     ) -> list[bool]:
         """Store pages of the host pool; which of them are stored now."""
         started = time.perf_counter()
-        kept = self._chain.put(self._keys(keys), self._segments(host_indices))
+        named = self._namespace
+        parent, position = _before(named, extra_info)
+        pages = self._segments(host_indices)
+        kept = self._chain.put(_keys(named, keys), pages, parent=parent, position=position)
         self._measure(read=False, pages=sum(kept), started=started)
         return kept
 
@@ -178,10 +184,6 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         """Not called, as `get`."""
         raise NotImplementedError("lmcache: use batch_set_v1")
 
-    def _keys(self, page_hashes: Sequence[str]) -> list[bytes]:
-        named = self._namespace  # once: a replacement of weights may come in between
-        return [page_key(named, bytes.fromhex(text)) for text in page_hashes]
-
     def _segments(self, host_indices: torch.Tensor) -> PageSegments:
         assert self._pool is not None, "SGLang registers the pool before it stores pages"
         return segments(self._pool, host_indices)
@@ -198,6 +200,22 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             rates = metrics.prefetch_bandwidth if read else metrics.backup_bandwidth
             counts.append(pages)
             rates.append(rate)
+
+
+# Both get a namespace that their caller reads once: a replacement of weights may come in between.
+
+
+def _keys(named: bytes, page_hashes: Sequence[str]) -> list[bytes]:
+    return [page_key(named, bytes.fromhex(text)) for text in page_hashes]
+
+
+def _before(named: bytes, extra_info: HiCacheStorageExtraInfo | None) -> tuple[bytes, int]:
+    """What comes before a batch in its chain: the key of the last page, and how many there are.
+
+    Without `hicache_storage_pass_prefix_keys` SGLang does not say; a batch then begins a chain.
+    """
+    before = getattr(extra_info, "prefix_keys", None)
+    return (page_key(named, bytes.fromhex(before[-1])), len(before)) if before else (b"", 0)
 
 
 def _unsupported(name: PoolName, pool: object) -> NotImplementedError:

@@ -60,15 +60,6 @@ def adapter_id(named: str, path: str) -> str:
     return hashlib.sha256(f"{named}\0{_fingerprint(path, None)}".encode()).hexdigest()[:32]
 
 
-def ranks_on_this_node() -> int:
-    """Engine processes that share this node's memory, over all data-parallel replicas."""
-    from sglang.srt.runtime_context import get_parallel
-
-    parallel = get_parallel()
-    ranks = int(parallel.launch_world_size) * int(parallel.dp_size)
-    return max(1, ranks // int(parallel.nnodes))
-
-
 def _fingerprint(model_path: str, revision: str | None) -> str:
     try:
         return fingerprint(_local(model_path, revision))

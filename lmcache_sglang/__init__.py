@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import Config
     from .errors import ConfigError, LMCacheError, TierError, UnsupportedEngineError
+    from .store import Store
 
-__all__ = ["Config", "ConfigError", "LMCacheError", "TierError", "UnsupportedEngineError"]
+__all__ = ["Config", "ConfigError", "LMCacheError", "Store", "TierError", "UnsupportedEngineError"]
 
 # Imported at first use: every SGLang process loads the plug-in, also where the flag is not used.
 _HOMES = {
     "Config": "config",
     "ConfigError": "errors",
     "LMCacheError": "errors",
+    "Store": "store",
     "TierError": "errors",
     "UnsupportedEngineError": "errors",
 }

@@ -9,13 +9,14 @@ Later sources win, key by key:
 For example::
 
     path: /nvme/lmcache        # the store directory; default under $XDG_CACHE_HOME
-    cpu:  {size: 64GiB}        # memory on this node; 0 turns the tier off
-    disk: {size: 1TiB}         # file on this node; 0 turns the tier off
+    cpu:  {size: 64GiB}        # shared memory of this node; 0 turns the tier off
+    disk: {size: 1TiB}         # files on this node; 0 turns the tier off
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -48,9 +49,11 @@ SGLANG_KEYS = frozenset(
 GIB = 1 << 30
 CPU_MOST = 8 * GIB  # of an automatic size
 DISK_MOST = 100 * GIB
+CGROUPS = Path("/sys/fs/cgroup")
 CPU_SHARE = 0.1  # of the memory this process may use
 DISK_SHARE = 0.25  # of what the file system has free beside the store
-DISK_MAX = 64 << 40  # of a given size: the store is one mapping in an address space of 128 TiB
+UNUSED_MOST = 128 << 10  # of the bytes that a store was given (OVERHEAD in storage/slab/plan.py)
+DISK_MAX = 64 << 40  # of a given size: what a slot's number can name
 
 
 _SIZE = re.compile(r"auto|\d*\.?\d+\s*[a-z]*", re.IGNORECASE)
@@ -70,19 +73,50 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+SHARED_MEMORY = Path("/dev/shm")
+CPU_LEAST = 256 << 20  # of an automatic size: a container's default /dev/shm of 64 MB is no tier
+
+Eviction = Annotated[
+    Literal["sieve", "s3-fifo", "lru"],
+    Field(description="Which page gives way; descendants always before their ancestors."),
+]
+
+
 class CpuConfig(_Section):
-    """The CPU tier."""
+    """The CPU tier: shared memory of this node, one for all engines that share the store directory."""
 
     size: Size = Field(
         default="auto",
-        description='Memory for pages, for all ranks of an engine on this node together: "64GiB", 0 for none, or '
-        '"auto": a tenth of the memory, at most 8 GiB.',
+        description='Memory for pages and all that belongs to them: "64GiB", 0 for none, or "auto": a '
+        "tenth of the memory, at most 8 GiB and half of what /dev/shm has free.",
     )
+    path: Path | None = Field(
+        default=None,
+        description="Directory in shared memory (tmpfs); one of its own under /dev/shm by default.",
+    )
+    eviction: Eviction = "sieve"
+    threads: int = Field(default=2, ge=1, le=64, description="Threads that copy at once.")
+    huge_pages: bool = Field(default=False, description="Ask the kernel for huge pages.")
 
-    def bytes(self) -> int:
+    def bytes(self, directory: Path) -> int:
+        """The size in bytes; 0 where an automatic one would be too small to be of use.
+
+        Raises:
+            ConfigError: the file system cannot be asked what it has free.
+        """
         if self.size != "auto":
             return int(self.size)
-        return min(CPU_MOST, int(CPU_SHARE * _memory_limit()))
+        own, beside = _room(directory, "cpu.path")
+        free = beside + own
+        size = max(own, min(CPU_MOST, int(CPU_SHARE * memory_limit()), free // 2))
+        return size if size >= CPU_LEAST else 0
+
+    def directory(self, store: Path) -> Path:
+        """Where the tier lies. Args: store: the store directory, which tells users of a node apart."""
+        if self.path is not None:
+            return _with_home(self.path)
+        digest = hashlib.sha256(os.fsencode(store)).hexdigest()[:12]
+        return SHARED_MEMORY / f"lmcache-sglang-{os.getuid()}" / digest
 
 
 class DiskConfig(_Section):
@@ -90,9 +124,33 @@ class DiskConfig(_Section):
 
     size: Size = Field(
         default="auto",
-        description='Largest size of the store\'s file: "1TiB", 0 for none, or "auto": a quarter of '
+        description='Bytes on disk, allocated in full: "1TiB", 0 for none, or "auto": a quarter of '
         "what is free, at most 100 GiB.",
     )
+    eviction: Eviction = "sieve"
+    mode: Literal["write-through", "write-back"] = Field(
+        default="write-through",
+        description="Written in the background at once, or when a page would go from the CPU tier.",
+    )
+    admission: Literal["all", "second-touch"] = Field(
+        default="all",
+        description="Which pages are written: all, or those used again since they came.",
+    )
+    minimum_prefix: int = Field(
+        default=0, ge=0, description="Pages of the shortest chain that is written; 0 for any."
+    )
+    promotion: Literal["always", "second-hit", "never"] = Field(
+        default="always", description="Which pages read from disk go up to the CPU tier again."
+    )
+    durability: Literal["durable", "relaxed"] = Field(
+        default="durable",
+        description="durable: flushed before it is listed; relaxed: not, checksums alone decide.",
+    )
+    queue_depth: int = Field(default=32, ge=1, le=256, description="Requests in flight.")
+    engine: Literal["auto", "threads", "io_uring"] = Field(
+        default="auto", description="Of direct I/O; auto measures at start."
+    )
+    direct: bool = Field(default=True, description="Past the page cache, where the disk allows it.")
 
     def bytes(self, path: Path) -> int:
         """The size in bytes.
@@ -105,14 +163,31 @@ class DiskConfig(_Section):
         """
         if self.size != "auto":
             return int(self.size)
-        try:
-            there = next(parent for parent in (path, *path.parents) if parent.exists())
-            own = sum(file.stat().st_blocks * 512 for file in path.glob("*") if file.is_file())
-            free = shutil.disk_usage(there).free
-        except OSError as error:
-            raise ConfigError("path", f"cannot look at {path}: {error.strerror}") from error
+        own, free = _room(path, "path")
         # Not below what is there: what others have put on the disk since must not cost pages.
         return max(own, min(DISK_MOST, int(DISK_SHARE * (free + own))))
+
+
+def _room(path: Path, setting: str) -> tuple[int, int]:
+    """Bytes that a store there was made with, and bytes that are free beside it."""
+    try:
+        taken = _allocated(path)
+        return taken and taken + UNUSED_MOST, _free(path)
+    except OSError as error:
+        raise ConfigError(setting, f"cannot look at {path}: {error.strerror}") from error
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _allocated(path: Path) -> int:
+    """Bytes that the files of a directory take; 0 when it is not there."""
+    return sum(file.stat().st_blocks * 512 for file in path.glob("*") if file.is_file())
 
 
 def _default_path() -> Path:
@@ -168,16 +243,32 @@ class Config(_Section):
             raise ConfigError(
                 "cpu.size", "it is 0 and so is disk.size: there is nowhere to keep pages"
             )
+        if self.cpu.size != "auto" and self.cpu.size > memory_limit():
+            raise ConfigError(
+                "cpu.size",
+                f"{int(self.cpu.size)} bytes, but this process may use {memory_limit()} (the machine's "
+                "memory, or its container's limit, against which shared memory counts); give it less",
+            )
         if self.disk.size != "auto" and self.disk.size > DISK_MAX:
             raise ConfigError("disk.size", f"{self.disk.size} bytes; the most is {DISK_MAX}")
         if not self.directory.is_absolute():
             raise ConfigError("path", f"{self.path} is relative; give an absolute path")
+        self._require_own_memory()
         if self.peers is not None:
             raise ConfigError(
                 "peers", "sharing with peers is not in this version; take the key out"
             )
         if self.direct:
             raise ConfigError("direct", "the direct path is not in this version; take the key out")
+
+    def _require_own_memory(self) -> None:
+        memory = self.cpu.directory(self.directory)
+        if not memory.is_absolute():
+            raise ConfigError("cpu.path", f"{self.cpu.path} is relative; give an absolute path")
+        if memory == self.directory:
+            raise ConfigError(
+                "cpu.path", f"{memory} is the store directory itself; give another one"
+            )
 
     @property
     def directory(self) -> Path:
@@ -273,18 +364,35 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _memory_limit() -> int:
+def memory_limit() -> int:
     """Bytes of memory this process may use: the machine's, or its container's if that is less."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [
         int(text)
-        for file in ("memory.max", "memory/memory.limit_in_bytes")
-        if (text := _cgroup(file)).isdigit()
+        for name in ("memory.max", "memory.limit_in_bytes")
+        for group in _control_groups()
+        if (text := _first_line(group / name)).isdigit()
     ]
     return min([machine, *limits])
 
 
-def _cgroup(file: str) -> str:
+def _control_groups() -> list[Path]:
+    """This process's control groups and all above them, of either version (cgroups(7))."""
+    groups = []
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        own = root / name.lstrip("/")
+        groups += [group for group in (own, *own.parents) if group.is_relative_to(root)]
+    return groups
+
+
+def _first_line(file: Path) -> str:
     """ "" where there is no such control group file; "max" where there is no limit."""
-    path = Path("/sys/fs/cgroup") / file
-    return path.read_text().strip() if path.is_file() else ""
+    return next(iter(_lines(file)), "")
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.is_file() else []

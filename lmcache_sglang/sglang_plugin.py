@@ -13,6 +13,8 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     LoRARef.deterministic_id                        adapters are told apart by their weights too
     SchedulerWeightUpdaterManager.update_weights_…  new weights find none of the old ones' pages
     HiCacheController.reset                         nor those that were still being stored
+    HybridCacheController.parse_storage_backend_…   whether the user set what the next one turns on
+    StorageAttachment.apply_runtime_config          batches come with the hashes of the pages before
 
 The name stays `lmcache` everywhere, in SGLang's logs and metrics too. (The other way, rewriting the flag
 to `dynamic`, loses it, and does not reach the admin route that attaches a backend at run time.)
@@ -32,7 +34,7 @@ from importlib.metadata import version
 from typing import Any
 
 from .config import Config, parse_extra
-from .errors import UnsupportedEngineError
+from .errors import ConfigError, UnsupportedEngineError
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,10 @@ _UPDATES = (
     f"{_UPDATER}.end_weight_update",
 )
 _RESET = f"{_CONTROLLER}.reset"
+_PARSE = f"{_HYBRID}.parse_storage_backend_extra_config"
+_ATTACHMENT = "sglang.srt.mem_cache.unified_cache.storage_attachment.StorageAttachment"
+_APPLY = f"{_ATTACHMENT}.apply_runtime_config"
+_PREFIX_KEYS = "hicache_storage_pass_prefix_keys"  # SGLang's own key of the extra config
 _ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
 
 # Everything that must be there for the flag to work: what is hooked, and what the hooks use.
@@ -79,6 +85,8 @@ SEAMS = (
     _ADAPTER_ID,
     *_UPDATES,
     _RESET,
+    _PARSE,
+    _APPLY,
     f"{_CONTROLLER}._page_get_zero_copy",
     f"{_CONTROLLER}._page_set_zero_copy",
     "sglang.srt.arg_groups.overrides.declare_resolution",
@@ -112,6 +120,8 @@ def activate() -> None:
     for update in _UPDATES:
         HookRegistry.register(update, _replace_weights, HookType.AROUND)
     HookRegistry.register(_RESET, _forget_replaced_weights, HookType.AFTER)
+    HookRegistry.register(_PARSE, _look_for_a_choice, HookType.AFTER)
+    HookRegistry.register(_APPLY, _pass_prefix_keys, HookType.BEFORE)
 
 
 def missing_seams() -> list[str]:
@@ -222,12 +232,12 @@ def create_backend(storage_config: Any) -> Any:
     from sglang.srt.observability.metrics_collector import StorageMetrics
 
     from .hicache.backend import LMCacheBackend
-    from .hicache.engine import model_identity, ranks_on_this_node
+    from .hicache.engine import model_identity
     from .store import open_chain, require_room
 
     config = Config.load(storage_config.extra_config)
     model = model_identity(storage_config.model_name)
-    chain = open_chain(config, sharers=ranks_on_this_node())  # last: nobody would close it
+    chain = open_chain(config)  # last: nobody would close it
     return LMCacheBackend(
         storage_config,
         model,
@@ -281,6 +291,28 @@ def _forget_replaced_weights(*_: Any, **__: Any) -> None:
 
     if weights.epoch():
         weights.replaced()
+
+
+_user_chose = False  # of the extra config that SGLang parsed last, just before it applies it
+
+
+def _look_for_a_choice(_: Any, extra_config: Any = None, *__: Any, **___: Any) -> None:
+    """SGLang takes its key out and says no more than its value, and no is its default, too."""
+    global _user_chose
+    try:
+        _user_chose = _PREFIX_KEYS in parse_extra(extra_config)
+    except ConfigError:  # what SGLang could parse and we cannot is another backend's
+        _user_chose = True
+
+
+def _pass_prefix_keys(
+    attachment: Any, *rest: Any, storage_backend: Any = None, **named: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A tier evicts the end of a chain before its start, for which it must know what comes before."""
+    if storage_backend != NAME or _user_chose or _PREFIX_KEYS not in named:
+        return None
+    changed = named | {"storage_backend": storage_backend, _PREFIX_KEYS: True}
+    return (attachment, *rest), changed
 
 
 def _identify_adapter(original: Callable[[str, str], str], lora_name: str, lora_path: str) -> str:

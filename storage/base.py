@@ -5,7 +5,9 @@ pages with equal keys are interchangeable bytes, and a namespace is cleared by i
 
 Obligations shared by every tier:
 
-- It never returns bytes that it cannot prove. `get` reports HIT only when length and checksum hold.
+- It never returns bytes that it cannot prove. `get` reports HIT only when length and checksum hold. What
+  the memory of another page of that call holds afterwards is not defined: bytes are checked while they
+  are copied, in one pass. Memory beside the pages is never touched.
 - It never keeps more than its capacity, not even for a moment.
 - It may forget any page at any time. It may not forget half of one.
 - It may be called from several threads at once, and takes no lock that is held across I/O
@@ -20,12 +22,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from ..kernels.pages import PageSegments
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from ._native import Cancel
 
 NAMESPACE_BYTES = 16
 PAGE_HASH_BYTES = 32
@@ -47,15 +46,20 @@ def page_key(namespace: bytes, page_hash: bytes) -> bytes:
 
 
 def require_equally_many(
-    keys: Sequence[bytes], pages: PageSegments, checksums: Sequence[int] | None = None
+    keys: Sequence[bytes],
+    pages: PageSegments,
+    checksums: Sequence[int] | None = None,
+    parents: Sequence[bytes] | None = None,
 ) -> None:
     """The first line of `get` and `put`.
 
     Raises:
-        ValueError: there is not one page, and one checksum if there are any, for each key.
+        ValueError: there is not one page, and one checksum and parent if there are any, for each key.
     """
-    if not len(keys) == len(pages) == len(keys if checksums is None else checksums):
-        raise ValueError("keys, pages and checksums must be equally many")
+    counts = {len(keys), len(pages)}
+    counts |= {len(given) for given in (checksums, parents) if given is not None}
+    if len(counts) != 1:
+        raise ValueError("keys, pages, checksums and parents must be equally many")
 
 
 class Lookup(Enum):
@@ -63,7 +67,9 @@ class Lookup(Enum):
 
     HIT = "hit"  # the caller's memory now holds the page
     MISS = "miss"  # not here
-    CORRUPT = "corrupt"  # here, but not whole; the caller's memory is untouched
+    CORRUPT = "corrupt"  # here, but not whole
+    FAILED = "failed"  # here, but the medium did not deliver it
+    LATE = "late"  # here, but not read before the deadline
 
 
 class Stored(Enum):
@@ -72,6 +78,40 @@ class Stored(Enum):
     STORED = "stored"  # it is here now
     PRESENT = "present"  # it was here already; counts as a use
     REFUSED = "refused"  # there was no room for it
+    FAILED = "failed"  # the medium did not take it
+    LATE = "late"  # not written before the deadline
+    DAMAGED = "damaged"  # its bytes did not match the checksum that came with it
+
+    @property
+    def kept(self) -> bool:
+        """Whether the page is here now."""
+        return self in (Stored.STORED, Stored.PRESENT)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a call begins no more work. What it has begun it ends: it moves the caller's memory.
+
+    Attributes:
+        seconds: from the call on; None means the tier's own.
+        cancel: ends the call when another thread sets it.
+    """
+
+    seconds: float | None = None
+    cancel: Cancel | None = None
+
+
+NO_LIMITS = Limits()
+
+
+class Below(Enum):
+    """What the tier below is to get of the pages of a `put`. The values are those of the native side."""
+
+    NEVER = "never"  # it has them, or there is none
+    NOW = "now"  # written through, in the background
+    ON_EVICT = "on-evict"  # written back, when they would go from here
+    ON_TOUCH = "on-touch"  # once they are used, or put again
+    LATER = "later"  # with the first of their descendants that is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +157,9 @@ class Tier(ABC):
         """
 
     @abstractmethod
-    def get(self, keys: Sequence[bytes], into: PageSegments) -> list[Lookup]:
+    def get(
+        self, keys: Sequence[bytes], into: PageSegments, limits: Limits = NO_LIMITS
+    ) -> list[Lookup]:
         """Copy pages into the caller's memory, each one verified.
 
         A page of another length than its destination is CORRUPT: one key names one length.
@@ -126,18 +168,24 @@ class Tier(ABC):
 
     @abstractmethod
     def put(
-        self, keys: Sequence[bytes], pages: PageSegments, checksums: Sequence[int] | None = None
+        self,
+        keys: Sequence[bytes],
+        pages: PageSegments,
+        checksums: Sequence[int] | None = None,
+        parents: Sequence[bytes] | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> list[Stored]:
         """Keep copies of pages.
 
         Args:
             checksums: of the pages as an upper tier computed them when they came from the engine. A
-                page whose bytes no longer match is REFUSED, so that damage in memory does not get a
+                page whose bytes no longer match is DAMAGED, so that damage in memory does not get a
                 fresh checksum. None: compute them here.
+            parents: the key of the page before each one in its chain, or `b""` for none. None: the
+                batch is one run of a chain, each page the parent of the next.
 
-        Pages of a batch come in the order of their chain. A tier that must choose keeps the earlier
-        ones, since a page without its ancestors is useless. After REFUSED nothing of that page is
-        here; the other pages of the batch are not affected.
+        A tier that must choose keeps a page rather than its descendants, which are useless without it.
+        Of a page that is not kept nothing is here; the other pages of the batch are not affected.
         """
 
     @abstractmethod
@@ -160,21 +208,17 @@ class Tier(ABC):
         """Let go of everything. Idempotent; every other call but `fits` raises `TierError` (CLOSED)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """Pages borrowed in place from a tier, as whole records with their checksums.
-
-    The bytes stay where they are for as long as `records` is referred to, evicted or not.
-    """
-
-    keys: list[bytes]
-    records: list[Buffer]
-    checksums: list[int]
-
-
 class UpperTier(Tier):
-    """A tier that pages spill from: it can lend them to the tier below."""
+    """A tier that pages spill from: it is told of each page what the one below is to get."""
 
     @abstractmethod
-    def lease(self, keys: Sequence[bytes]) -> Lease:
-        """Borrow those of the pages that are here, in the given order. Counts as no use of them."""
+    def put(
+        self,
+        keys: Sequence[bytes],
+        pages: PageSegments,
+        checksums: Sequence[int] | None = None,
+        parents: Sequence[bytes] | None = None,
+        limits: Limits = NO_LIMITS,
+        below: Below | None = None,
+    ) -> list[Stored]:
+        """As `Tier.put`. Args: below: None means what the tier was made with."""

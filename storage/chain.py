@@ -1,172 +1,286 @@
 """The tiers in order, as one store.
 
-    put      upper tier, then the spill queue to the lower one in the background (write-through)
-    get      upper tier, spill queue, lower tier; what the lower one had goes up again
+    put      upper tier; from there to the lower one in the background (keeper.py)
+             what the upper one has no room for goes to the lower one at once
+    get      upper tier, then the lower one; what that one had goes up again, by the promotion policy
     exists   in any of them
 
 This is the one place where a tier's failure becomes a miss. It is counted by tier and reason, and
-logged once a minute (faults.py). What comes out of a chain is only ever bytes that were verified.
+logged once a minute (faults.py); a tier that keeps failing is left alone for a while (breaker.py). What
+comes out of a chain is only ever bytes that were verified.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 from ..errors import Reason, TierError
 from ..kernels.pages import PageSegments
-from .base import CheckReport, Lease, Lookup, Stored, Tier, TierStats, UpperTier
+from .admission import Admission, All
+from .base import (
+    NO_LIMITS,
+    Below,
+    CheckReport,
+    Limits,
+    Lookup,
+    Stored,
+    Tier,
+    TierStats,
+    UpperTier,
+)
+from .breaker import Breaker
 from .faults import Faults
 from .groups import groups
-from .spill import Spill
+from .keeper import Keeper
+from .slab.tier import SlabTier
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
-PUT_SECONDS = 2.0  # longest that a put waits for the lower tier to catch up
-CLEAR_SECONDS = 5.0  # longest that clear waits for pages that are being written
+Promotion = Literal["always", "second-hit", "never"]
+
 CLOSE_SECONDS = 30.0  # longest that close spends on writing what still waits
+
+_WENT_WRONG = {
+    Lookup.CORRUPT: (Reason.CORRUPT, "a page's bytes did not match its checksum"),
+    Lookup.FAILED: (Reason.IO, "a page could not be read"),
+    Lookup.LATE: (Reason.BUSY, "a page was not read before the deadline"),
+}
+# A batch with any of the first two and none of the third is a tier's failure, as an error is.
+_BROKEN = frozenset({Lookup.FAILED, Stored.FAILED})
+_LATE = frozenset({Lookup.LATE, Stored.LATE})
+_DONE = frozenset({Lookup.HIT, Stored.STORED, Stored.PRESENT})
+_BREAKERS = ("get", "put", "other")  # a tier whose index answers may still deliver no page
+_NOT_STORED = {
+    Stored.REFUSED: ("refused", "no room for a page"),
+    Stored.FAILED: (Reason.IO.value, "a page could not be written"),
+    Stored.LATE: (Reason.BUSY.value, "a page was not written before the deadline"),
+    Stored.DAMAGED: (
+        Reason.CORRUPT.value,
+        "a page's bytes did not match the checksum it came with",
+    ),
+}
 
 
 class Chain:
-    """One or two tiers. With two, `upper` lends its pages and `lower` outlives the process.
+    """One or two tiers.
 
     Args:
-        spill_bytes: how many bytes may wait on their way down; they are held beside the upper tier's.
+        upper: gets what is put, and tells the keeper what the lower one is to get.
+        lower: outlives the machine.
+        admission: what the lower tier gets, and when.
+        promotion: which of the pages that the lower tier delivers go up again.
     """
 
     def __init__(
-        self, upper: UpperTier | None, lower: Tier | None = None, *, spill_bytes: int = 0
+        self,
+        upper: UpperTier | None,
+        lower: Tier | None = None,
+        *,
+        admission: Admission | None = None,
+        promotion: Promotion = "always",
     ) -> None:
-        if upper is None and lower is None:
-            raise ValueError("a chain needs a tier")
         self.faults = Faults()
         self._upper = upper
         self._lower = lower
-        self._spill: Spill | None = None
-        if upper is not None and lower is not None:
-            self._spill = Spill(lower, spill_bytes, self.faults.error, self._count_refused)
+        self.tiers: list[Tier] = [tier for tier in (upper, lower) if tier is not None]
+        if not self.tiers:
+            raise ValueError("a chain needs a tier")
+        self._admission = admission or All()
+        self._promotion = promotion
+        self._breakers = {(tier.name, call): Breaker() for tier in self.tiers for call in _BREAKERS}
+        slabs = [tier for tier in self.tiers if isinstance(tier, SlabTier)]
+        on_touch = self._admission.below(1 << 30, 1) is Below.ON_TOUCH
+        retry = self._admission == All("write-through")
+        self._keeper = (
+            Keeper(slabs, self.faults.error, self._count_refused, on_touch=on_touch, retry=retry)
+            if slabs
+            else None
+        )
         self._closed = False
 
-    @property
-    def tiers(self) -> list[Tier]:
-        return [tier for tier in (self._upper, self._lower) if tier is not None]
-
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        here = [False] * len(keys)
-        for source in self._sources():
-            missing = [i for i, found in enumerate(here) if not found]
-            if not missing:
+        here = self._exists_in(self.tiers[0], keys)
+        for tier in self.tiers[1:]:
+            if all(here):
                 break
+            missing = [i for i, found in enumerate(here) if not found]
             wanted = [keys[i] for i in missing]
-            answers = self._ask([False] * len(wanted), source.exists, wanted)
+            answers = self._exists_in(tier, wanted)
             for i, answer in zip(missing, answers, strict=True):
                 here[i] = answer
         return here
+
+    def _exists_in(self, tier: Tier, keys: Sequence[bytes]) -> list[bool]:
+        """Nothing, for a tier whose reads are left alone: it would promise what no `get` delivers."""
+        nothing = [False] * len(keys)
+        if self._breakers[tier.name, "get"].resting:
+            self._count_bypassed(tier)
+            return nothing
+        return self._ask(tier, nothing, tier.exists, keys)
 
     def prefix(self, keys: Sequence[bytes]) -> int:
         """How many of the first pages are here without a gap."""
         here = self.exists(keys)
         return here.index(False) if False in here else len(here)
 
-    def get(self, keys: Sequence[bytes], into: PageSegments) -> list[bool]:
-        """Copy pages into the caller's memory; which of them it now holds, verified."""
+    def get(
+        self,
+        keys: Sequence[bytes],
+        into: PageSegments,
+        *,
+        parent: bytes = b"",
+        limits: Limits = NO_LIMITS,
+    ) -> list[bool]:
+        """Copy pages into the caller's memory; which of them it now holds, verified.
+
+        Args:
+            keys: one run of a chain.
+            parent: the key of the page before them.
+            limits: of each tier's part.
+        """
         if len(keys) != len(into):
             raise ValueError(f"{len(keys)} keys but {len(into)} pages")
         held = [False] * len(keys)
-        for source in self._sources():
+        for tier in self.tiers:
             missing = [i for i, found in enumerate(held) if not found]
             if not missing:
                 break
-            hits = self._get_from(source, missing, keys, into)
+            hits = self._get_from(tier, missing, keys, into, limits)
             for i in hits:
                 held[i] = True
-            if source is self._lower and self._upper is not None and hits:
-                self._promote(hits, keys, into)
+            if tier is self._lower and self._upper is not None and hits:
+                self._promote(hits, keys, into, parent)
         return held
 
     def _get_from(
-        self, source: Tier | Spill, wanted: list[int], keys: Sequence[bytes], into: PageSegments
+        self,
+        tier: Tier,
+        wanted: list[int],
+        keys: Sequence[bytes],
+        into: PageSegments,
+        limits: Limits,
     ) -> list[int]:
-        """Which of the wanted pages `source` delivered. Corrupt ones are removed, so a write heals."""
+        """Which of the wanted pages a tier delivered. Corrupt ones are removed, so a write heals."""
         asked = [keys[i] for i in wanted]
         missed = [Lookup.MISS] * len(asked)
-        outcome = self._ask(missed, source.get, asked, into.select(wanted))
-        corrupt = [key for key, o in zip(asked, outcome, strict=True) if o is Lookup.CORRUPT]
-        if corrupt:
-            self._heal(source, corrupt)
+        outcome = self._ask(tier, missed, tier.get, asked, into.select(wanted), limits)
+        for what, (reason, detail) in _WENT_WRONG.items():
+            if concerned := [key for key, o in zip(asked, outcome, strict=True) if o is what]:
+                self.faults.record(tier.name, reason.value, detail, len(concerned))
+                if what is Lookup.CORRUPT:
+                    self._ask(tier, 0, tier.remove, concerned)
         return [i for i, o in zip(wanted, outcome, strict=True) if o is Lookup.HIT]
 
-    def _heal(self, source: Tier | Spill, corrupt: list[bytes]) -> None:
-        name = source.name if isinstance(source, Tier) else "spill"
-        self.faults.record(
-            name, Reason.CORRUPT, "a page's bytes did not match its checksum", len(corrupt)
-        )
-        if isinstance(source, Tier):
-            self._ask(0, source.remove, corrupt)
-        else:
-            source.drop(frozenset(corrupt).__contains__, 0.0)
-
-    def _promote(self, hits: list[int], keys: Sequence[bytes], into: PageSegments) -> None:
-        assert self._upper is not None
+    def _promote(
+        self, hits: list[int], keys: Sequence[bytes], into: PageSegments, parent: bytes
+    ) -> None:
+        upper, lower = self._upper, self._lower
+        assert upper is not None and lower is not None
+        if self._promotion == "never":
+            return
+        if self._promotion == "second-hit" and isinstance(lower, SlabTier):
+            again = self._ask(lower, [False] * len(hits), lower.used_again, [keys[i] for i in hits])
+            hits = [i for i, used in zip(hits, again, strict=True) if used]
+        parents = [keys[i - 1] if i else parent for i in hits]
         nothing: list[Stored] = []
-        self._ask(nothing, self._upper.put, [keys[i] for i in hits], into.select(hits))
+        chosen = [keys[i] for i in hits]
+        self._ask(
+            upper,
+            nothing,
+            upper.put,
+            chosen,
+            into.select(hits),
+            None,
+            parents,
+            NO_LIMITS,
+            Below.NEVER,
+        )
 
-    def put(self, keys: Sequence[bytes], pages: PageSegments) -> list[bool]:
+    def put(
+        self,
+        keys: Sequence[bytes],
+        pages: PageSegments,
+        *,
+        parent: bytes = b"",
+        position: int = 0,
+        limits: Limits = NO_LIMITS,
+    ) -> list[bool]:
         """Keep copies of pages; which of them are here afterwards, in whichever tier.
 
         The caller's memory is free again when this returns.
+
+        Args:
+            keys: one run of a chain.
+            parent: the key of the page before them; empty when they begin it, or it is not known.
+            position: of the first of them in the chain.
+            limits: of each part of the batch.
         """
         if len(keys) != len(pages):
             raise ValueError(f"{len(keys)} keys but {len(pages)} pages")
-        sizes = pages.page_bytes()
+        below = self._admission.below(position, len(keys))
         kept: list[bool] = []
-        for part in groups(range(len(keys)), sizes, self.tiers[0].capacity // 2):
-            kept += self._put([keys[i] for i in part], pages.select(part))
+        for part in groups(range(len(keys)), pages.page_bytes(), self.tiers[0].capacity // 2):
+            chosen = pages if len(part) == len(keys) else pages.select(part)
+            kept += self._put([keys[i] for i in part], chosen, parent, below, limits)
+            parent = keys[part[-1]]
         return kept
 
-    def _put(self, keys: list[bytes], pages: PageSegments) -> list[bool]:
-        first = self.tiers[0]
-        outcome = self._ask([Stored.REFUSED] * len(keys), first.put, keys, pages)
-        kept = [stored is not Stored.REFUSED for stored in outcome]
-        if not all(kept):
-            self._count_refused(kept.count(False), first)
-        if self._spill is not None:
-            self._write_through([key for key, k in zip(keys, kept, strict=True) if k])
-        return kept
+    def _put(
+        self,
+        keys: list[bytes],
+        pages: PageSegments,
+        parent: bytes,
+        below: Below,
+        limits: Limits,
+    ) -> list[bool]:
+        parents = [parent, *keys[:-1]]
+        failed: list[Stored] = []
+        if self._upper is None:
+            first = self.tiers[0]
+            outcome = self._ask(first, failed, first.put, keys, pages, None, parents, limits)
+        else:
+            below = below if self._lower is not None else Below.NEVER
+            upper = self._upper
+            put = upper.put
+            outcome = self._ask(upper, failed, put, keys, pages, None, parents, limits, below)
+            if below in (Below.NOW, Below.ON_EVICT):
+                outcome = self._put_around(outcome, keys, pages, parents, limits)
+        for what, (reason, detail) in _NOT_STORED.items():
+            if count := outcome.count(what):
+                self.faults.record(self.tiers[0].name, reason, detail, count)
+        return [stored.kept for stored in outcome] or [False] * len(keys)
 
-    def _write_through(self, keys: list[bytes]) -> None:
-        """Send down what the lower tier lacks, also of pages that the upper one had before."""
-        upper, lower, spill = self._upper, self._lower, self._spill
-        assert upper is not None and lower is not None and spill is not None
-        below = self._ask([False] * len(keys), lower.exists, keys)
-        absent = [key for key, here in zip(keys, below, strict=True) if not here]
-        lease = self._ask(Lease([], [], []), upper.lease, absent)
-        taken = spill.offer(lease, PUT_SECONDS)
-        if taken < len(lease.keys):
-            why = (
-                (Reason.BUSY, "it writes slower than pages come")
-                if spill.alive
-                else (Reason.CLOSED, "the thread that writes to it has ended")
-            )
-            self.faults.record(lower.name, *why, count=len(lease.keys) - taken)
+    def _put_around(
+        self,
+        outcome: list[Stored],
+        keys: list[bytes],
+        pages: PageSegments,
+        parents: list[bytes],
+        limits: Limits,
+    ) -> list[Stored]:
+        """What the upper tier has no room for goes to the lower one at once.
+
+        The upper one keeps a page rather than its descendants, so of a chain that is longer than all of
+        its room it would never take the end.
+        """
+        refused = [i for i, stored in enumerate(outcome) if stored is Stored.REFUSED]
+        if not refused or self._lower is None:
+            return outcome
+        chosen, before = [keys[i] for i in refused], [parents[i] for i in refused]
+        lower, nothing = self._lower, list[Stored]()
+        into = pages.select(refused)
+        around = self._ask(lower, nothing, lower.put, chosen, into, None, before, limits)
+        kept = {i for i, stored in zip(refused, around, strict=False) if stored.kept}
+        return [Stored.STORED if i in kept else stored for i, stored in enumerate(outcome)]
 
     def clear(self, namespace: bytes) -> int:
         """Forget every page of one namespace; how many there were in the tier that had most."""
-        removed = [0]
-        if self._upper is not None:
-            removed.append(self._ask(0, self._upper.clear, namespace))
-        if self._spill is not None:
-            dropped = self._spill.drop(lambda key: key.startswith(namespace), CLEAR_SECONDS)
-            if not dropped and self._lower is not None:
-                busy = "pages that were being written may outlive the clear"
-                self.faults.record(self._lower.name, Reason.BUSY, busy)
-        if self._lower is not None:
-            removed.append(self._ask(0, self._lower.clear, namespace))
-        return max(removed)
+        return max(self._ask(tier, 0, tier.clear, namespace) for tier in self.tiers)
 
     def fits(self, page_bytes: int) -> list[Tier]:
         """The tiers that could not keep even one page of this size."""
@@ -174,12 +288,17 @@ class Chain:
 
     def stats(self) -> list[TierStats]:
         """Of each tier that can say."""
-        asked = [self._ask(None, _stats, tier) for tier in self.tiers]
+        asked = [self._ask(tier, None, _stats, tier) for tier in self.tiers]
         return [stats for stats in asked if stats is not None]
 
     def waiting(self) -> tuple[int, int]:
-        """Pages and bytes on their way to the lower tier."""
-        return (0, 0) if self._spill is None else self._spill.waiting
+        """Pages that wait to be written to the lower tier, and bytes that wait or are being written."""
+        if not isinstance(self._upper, SlabTier):
+            return 0, 0
+        nothing: dict[str, int] = {}
+        counts = self._ask(self._upper, nothing, self._upper.counts)
+        waiting = counts.get("dirty_bytes", 0) + counts.get("spilling_bytes", 0)
+        return counts.get("dirty_pages", 0), waiting
 
     def check(self, *, repair: bool = False) -> dict[str, CheckReport]:
         """`Tier.check` of each tier, by name. Raises `TierError`: a check that fails is not a miss."""
@@ -187,37 +306,61 @@ class Chain:
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything that was put is in the lowest tier; False when time ran out."""
-        return self._spill is None or self._spill.flush(timeout)
+        return self._keeper is None or self._keeper.flush(timeout)
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
-        """Write what still waits, for up to `timeout` seconds, and let go of the tiers. Idempotent."""
+        """Write what still waits, for up to `timeout` seconds, and let go of the tiers. Idempotent.
+
+        What is not written by then, or is held back by the admission policy, stays in the upper tier,
+        if that outlives the process.
+        """
         if self._closed:
             return
         self._closed = True
-        if self._spill is not None:
-            left = self._spill.close(timeout)
-            if left:
-                logger.warning("lmcache: %d pages were not written within %.0f s", left, timeout)
+        if self._keeper is not None:
+            if not self._keeper.flush(timeout, held_back=not self._admission.holds_back):
+                logger.warning("lmcache: pages still wait to be written after %.0f s", timeout)
+            self._keeper.close()
         for tier in self.tiers:
             tier.close()
         if counts := self.faults.counts():
             logger.info("lmcache: in all: %s", counts)
 
-    def _sources(self) -> list[Tier | Spill]:
-        return [source for source in (self._upper, self._spill, self._lower) if source is not None]
-
-    def _ask(self, otherwise: T, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def _ask(
+        self, tier: Tier, otherwise: T, question: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """The one place where a tier's failure becomes a miss."""
+        call = question.__name__
+        breaker = self._breakers[tier.name, call if call in _BREAKERS else "other"]
+        if not breaker.allows():
+            self._count_bypassed(tier)
+            return otherwise
         try:
-            return question(*args, **kwargs)
+            answer = question(*args, **kwargs)
         except TierError as error:
+            breaker.failed()
             self.faults.error(error)
             return otherwise
+        if _has_failed(answer, args):
+            breaker.failed()
+        else:
+            breaker.succeeded()
+        return answer
 
-    def _count_refused(self, pages: int, tier: Tier | None = None) -> None:
-        tier = tier or self.tiers[-1]
+    def _count_bypassed(self, tier: Tier) -> None:
+        self.faults.record(tier.name, "bypassed", "it keeps failing and is left alone for a while")
+
+    def _count_refused(self, tier: Tier, pages: int) -> None:
         self.faults.record(tier.name, "refused", "no room for a page", pages)
 
 
-def _stats(tier: Tier) -> TierStats | None:
+def _has_failed(answer: object, args: tuple[object, ...]) -> bool:
+    """Whether a batch came back with no page, and neither because there is none nor by its caller's haste."""
+    if not isinstance(answer, list) or not _DONE.isdisjoint(answer):
+        return False
+    hurried = any(isinstance(given, Limits) and given is not NO_LIMITS for given in args)
+    return not _BROKEN.isdisjoint(answer) or not (hurried or _LATE.isdisjoint(answer))
+
+
+def _stats(tier: Tier) -> TierStats:
     return tier.stats()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+PAGES_MOST = 1024  # that one call of a tier changes in its index
+
 
 def groups(pages: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Consecutive parts of `pages` of at most `limit` bytes together, and of one page at least.
+    """Consecutive parts of `pages`, of one page at least, of at most `limit` bytes and `PAGES_MOST` pages.
 
     Args:
         pages: indices into `sizes`.
@@ -15,7 +17,7 @@ def groups(pages: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator[l
     group: list[int] = []
     total = 0
     for page in pages:
-        if group and total + sizes[page] > limit:
+        if group and (total + sizes[page] > limit or len(group) == PAGES_MOST):
             yield group
             group, total = [], 0
         group.append(page)

@@ -14,7 +14,16 @@ from typing import NamedTuple
 from ..errors import Reason, TierError
 from ..kernels.pages import PageSegments, gather
 from ..kernels.pages import checksums as checksums_of
-from .base import CheckReport, Lookup, Stored, Tier, TierStats, require_equally_many
+from .base import (
+    NO_LIMITS,
+    CheckReport,
+    Limits,
+    Lookup,
+    Stored,
+    Tier,
+    TierStats,
+    require_equally_many,
+)
 from .record import deliver
 
 
@@ -40,7 +49,9 @@ class MemoryTier(Tier):
             records = self._open()
             return [key in records for key in keys]
 
-    def get(self, keys: Sequence[bytes], into: PageSegments) -> list[Lookup]:
+    def get(
+        self, keys: Sequence[bytes], into: PageSegments, limits: Limits = NO_LIMITS
+    ) -> list[Lookup]:
         require_equally_many(keys, into)
         with self._lock:
             records = self._open()
@@ -48,15 +59,20 @@ class MemoryTier(Tier):
         return deliver(keys, found, into)
 
     def put(
-        self, keys: Sequence[bytes], pages: PageSegments, checksums: Sequence[int] | None = None
+        self,
+        keys: Sequence[bytes],
+        pages: PageSegments,
+        checksums: Sequence[int] | None = None,
+        parents: Sequence[bytes] | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> list[Stored]:
-        require_equally_many(keys, pages, checksums)
+        require_equally_many(keys, pages, checksums, parents)
         copies = [bytearray(n) for n in pages.page_bytes()]
         computed = gather(keys, pages, copies)
         expected = computed if checksums is None else checksums
         with self._lock:
             return [
-                self._put(key, bytes(copy), checksum) if checksum == wanted else Stored.REFUSED
+                self._put(key, bytes(copy), checksum) if checksum == wanted else Stored.DAMAGED
                 for key, copy, checksum, wanted in zip(
                     keys, copies, computed, expected, strict=True
                 )

@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+from lmcache_sglang import config as config_module
+from lmcache_sglang.storage.slab.filesystem import mount_of, why_not
 from lmcache_sglang.testing.sglang_cpu.config import VARIABLE
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def pytest_configure() -> None:
+    """Temporary folders on a mount that a store refuses, a container's own layer say, go to memory."""
+    temporary = Path(os.environ.get("PYTEST_DEBUG_TEMPROOT") or tempfile.gettempdir())
+    if why_not(mount_of(temporary)) is not None:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(SHARED_MEMORY)
+
+
+@pytest.fixture(autouse=True)
+def shared_memory() -> Iterator[Path]:
+    """Where CPU tiers of this process lie that are told no other place; removed after the test.
+
+    Stores of other tests, or of engines that really serve on this machine, are never met here.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="lmcache-test-", dir=SHARED_MEMORY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_module, "SHARED_MEMORY", folder)
+        yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 from lmcache_sglang.testing.sglang_cpu.finder import install
 
 

@@ -19,12 +19,16 @@ from lmcache_sglang.config import (
     ENVIRONMENT,
     GIB,
     SGLANG_KEYS,
+    UNUSED_MOST,
     Config,
+    CpuConfig,
     DiskConfig,
     parse_extra,
     read_file,
 )
 from lmcache_sglang.errors import ConfigError
+from lmcache_sglang.storage.slab.opening import Place
+from lmcache_sglang.storage.slab.tier import SlabTier
 
 EXTRA = "--hicache-storage-backend-extra-config"
 FILES = {
@@ -57,7 +61,7 @@ def test_nothing_at_all_is_a_valid_configuration(tmp_path: Path) -> None:
     config = Config.load()
     assert config.directory == tmp_path / "home" / ".cache" / "lmcache-sglang"
     assert config.cpu.size == config.disk.size == "auto"
-    assert config.cpu.bytes() > 0
+    assert config.cpu.bytes(config.cpu.directory(config.directory)) > 0
     assert config.disk.bytes(config.directory) > 0
     assert not config.directory.exists()  # asking for a size makes nothing
 
@@ -110,7 +114,7 @@ def test_the_engine_wins_over_the_file_key_by_key(
     monkeypatch.setenv(ENVIRONMENT, str(file))
     config = Config.load({"path": "/from/engine", "cpu": {"size": "3GiB"}})
     assert config.path == Path("/from/engine")
-    assert config.cpu.bytes() == 3 * GIB
+    assert config.cpu.size == 3 * GIB
     assert config.disk.bytes(config.path) == 2 * GIB  # not spoken of by the engine
 
 
@@ -191,6 +195,15 @@ def test_a_relative_path_is_refused(path: str) -> None:
     assert "absolute" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("memory", "says"), [("pages", "absolute"), ("/somewhere", "store directory itself")]
+)
+def test_shared_memory_that_cannot_be_one_of_its_own_is_refused(memory: str, says: str) -> None:
+    error = refusal({"cpu": {"path": memory}})
+    assert error.setting == "cpu.path"
+    assert says in str(error)
+
+
 # --- sizes ---
 
 
@@ -213,8 +226,8 @@ def test_a_relative_path_is_refused(path: str) -> None:
     ],
 )
 def test_a_size_is_read_as_people_write_it(given: object, wanted: int) -> None:
-    config = Config.of({"cpu": {"size": given}, "disk": {"size": "1GiB"}})
-    assert config.cpu.bytes() == wanted
+    cpu = Config.model_validate({"cpu": {"size": given}}).cpu
+    assert cpu.bytes(Path("/somewhere")) == wanted
     config = Config.of({"disk": {"size": given}})
     assert config.disk.bytes(Path("/somewhere")) == wanted
 
@@ -267,49 +280,134 @@ class Machine(NamedTuple):
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Machine:
     has = Machine(*request.param)
-    monkeypatch.setattr(config_module, "_memory_limit", lambda: has.memory)
-
+    monkeypatch.setattr(config_module, "memory_limit", lambda: has.memory)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=has.free))
     return has
 
 
-@pytest.mark.parametrize("machine", [(16 * GIB, 100 * GIB), (1 << 20, 1 << 20)], indirect=True)
+@pytest.mark.parametrize("machine", [(16 * GIB, 100 * GIB), (4 * GIB, 5 * GIB)], indirect=True)
 def test_an_automatic_size_leaves_most_of_a_small_machine_alone(
     machine: Machine, tmp_path: Path
 ) -> None:
     config = Config.of({"path": tmp_path})
-    assert config.cpu.bytes() == int(0.1 * machine.memory)
+    assert config.cpu.bytes(tmp_path) == int(0.1 * machine.memory)
     assert config.disk.bytes(tmp_path) == machine.free // 4
 
 
 @pytest.mark.parametrize("machine", [(2048 * GIB, 8192 * GIB)], indirect=True)
 def test_an_automatic_size_is_bounded_on_a_large_machine(machine: Machine, tmp_path: Path) -> None:
     config = Config.of({"path": tmp_path})
-    assert config.cpu.bytes() == CPU_MOST
+    assert config.cpu.bytes(tmp_path) == CPU_MOST
     assert config.disk.bytes(tmp_path) == DISK_MOST
 
 
-@pytest.mark.parametrize("machine", [(GIB, 100 << 20)], indirect=True)
-def test_an_automatic_disk_does_not_shrink_by_what_the_store_holds(
+@pytest.mark.parametrize("machine", [(64 * GIB, 2 * GIB)], indirect=True)
+def test_an_automatic_memory_leaves_half_of_what_shared_memory_has(
     machine: Machine, tmp_path: Path
 ) -> None:
-    (tmp_path / "pages.lmdb").write_bytes(b"\1" * (1 << 20))
+    assert CpuConfig().bytes(tmp_path) == GIB
+
+
+@pytest.mark.parametrize("machine", [(64 * GIB, 64 << 20), (2 * GIB, 64 * GIB)], indirect=True)
+def test_too_little_for_a_tier_is_none(machine: Machine, tmp_path: Path) -> None:
+    """A container's 64 MB of /dev/shm, or a container that may use little memory."""
+    assert CpuConfig().bytes(tmp_path) == 0
+
+
+@pytest.mark.parametrize("machine", [(GIB, 100 << 20)], indirect=True)
+@pytest.mark.parametrize("tier", [CpuConfig(), DiskConfig()], ids=["cpu", "disk"])
+def test_an_automatic_size_does_not_shrink_by_what_the_store_holds(
+    machine: Machine, tier: CpuConfig | DiskConfig, tmp_path: Path
+) -> None:
+    """Nor by what others have put beside it since: it would cost pages."""
+    (tmp_path / "region").write_bytes(b"\1" * (300 << 20))
     (tmp_path / "folder").mkdir()
-    size = DiskConfig().bytes(tmp_path)
-    assert size >= (machine.free + (1 << 20)) // 4
+    size = tier.bytes(tmp_path)
+    assert size == (300 << 20) + UNUSED_MOST
     (tmp_path / "folder" / "not-ours").write_bytes(b"\1" * (1 << 20))
-    assert DiskConfig().bytes(tmp_path) == size
+    assert tier.bytes(tmp_path) == size
 
 
-def test_a_disk_that_cannot_be_asked_is_an_error_that_names_the_path(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_automatic_size_that_shrank_costs_no_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 4 * (20 << 20)
+    monkeypatch.setattr(config_module, "_free", lambda path: free)
+    sizes, slabs = [], []
+    for _ in range(3):
+        sizes.append(DiskConfig().bytes(tmp_path))
+        tier = SlabTier(Place(tmp_path, memory=False), sizes[-1])
+        slabs.append(tier.head.slabs)
+        tier.close()
+        free = 0  # others have filled the disk
+    assert sizes[0] == 20 << 20
+    assert len(set(slabs)) == 1
+
+
+@pytest.mark.parametrize("machine", [(8 * GIB, 100 * GIB)], indirect=True)
+def test_more_memory_than_the_container_has_is_refused(machine: Machine) -> None:
+    Config.of({"cpu": {"size": "8GiB"}})
+    error = refusal({"cpu": {"size": 8 * GIB + 1}})
+    assert error.setting == "cpu.size"
+    assert str(8 * GIB) in str(error)
+    assert "container" in str(error)
+
+
+def test_each_store_and_each_user_has_shared_memory_of_its_own(shared_memory: Path) -> None:
+    one, other = (CpuConfig().directory(Path(path)) for path in ("/nvme/a", "/nvme/b"))
+    assert one != other
+    assert one.parent == other.parent == shared_memory / f"lmcache-sglang-{os.getuid()}"
+    assert CpuConfig().directory(Path("/nvme/a")) == one  # also after a restart
+
+
+def test_shared_memory_may_lie_elsewhere(tmp_path: Path) -> None:
+    config = Config.of({"cpu": {"path": "~/memory"}})
+    assert config.cpu.directory(config.directory) == tmp_path / "home" / "memory"
+
+
+@pytest.mark.parametrize("tier", ["path", "cpu.path"])
+def test_memory_that_cannot_be_asked_is_an_error_that_names_the_path(
+    tier: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def gone(path: Path) -> object:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(shutil, "disk_usage", gone)
-    with pytest.raises(ConfigError, match=r"path: cannot look at .*Input/output error"):
-        DiskConfig().bytes(tmp_path / "not" / "yet" / "there")
+    section = DiskConfig() if tier == "path" else CpuConfig()
+    with pytest.raises(ConfigError, match=rf"^{tier}: cannot look at .*Input/output error"):
+        section.bytes(tmp_path / "not" / "yet" / "there")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"cpu": {"eviction": "random"}}, "cpu.eviction"),
+        ({"cpu": {"threads": 0}}, "cpu.threads"),
+        ({"cpu": {"threads": 65}}, "cpu.threads"),
+        ({"cpu": {"huge_pages": "perhaps"}}, "cpu.huge_pages"),
+        ({"disk": {"mode": "write-around"}}, "disk.mode"),
+        ({"disk": {"admission": "third-touch"}}, "disk.admission"),
+        ({"disk": {"minimum_prefix": -1}}, "disk.minimum_prefix"),
+        ({"disk": {"promotion": "sometimes"}}, "disk.promotion"),
+        ({"disk": {"durability": "eventual"}}, "disk.durability"),
+        ({"disk": {"queue_depth": 0}}, "disk.queue_depth"),
+        ({"disk": {"engine": "spdk"}}, "disk.engine"),
+    ],
+    ids=str,
+)
+def test_a_value_that_is_none_of_its_kind_names_its_key_and_what_was_given(
+    settings: dict[str, Any], key: str
+) -> None:
+    error = refusal(settings)
+    assert error.setting == key
+    ((value,),) = [section.values() for section in settings.values()]
+    assert repr(value) in str(error)
+
+
+def test_every_setting_is_in_the_manual() -> None:
+    manual = (Path(__file__).parents[1] / "docs" / "settings.md").read_text()
+    for key in config_module._keys(Config):
+        assert f"`{key}`" in manual, key
 
 
 @pytest.mark.parametrize(
@@ -329,15 +427,48 @@ def test_a_container_is_not_taken_for_the_whole_machine(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    def inside(*parts: str) -> Path:
-        return tmp_path if parts == ("/sys/fs/cgroup",) else Path(*parts)
-
     if file is not None:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(text)
-    monkeypatch.setattr(config_module, "Path", inside)
+    monkeypatch.setattr(config_module, "CGROUPS", tmp_path)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 20}.__getitem__)
-    assert config_module._memory_limit() == (limit or 4 * GIB)
+    assert config_module.memory_limit() == (limit or 4 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "limit"),
+    [
+        ("0::/a/b", {"a/b/memory.max": 2, "a/memory.max": 3}, 2),
+        (
+            "0::/a/b",
+            {"a/b/memory.max": 3, "a/memory.max": 2},
+            2,
+        ),  # a group is bound by those above it
+        ("0::/a/b", {"a/c/memory.max": 1}, 4),
+        ("5:cpu,memory:/a", {"memory/a/memory.limit_in_bytes": 1}, 1),
+        ("5:cpu:/a\n0::/", {"memory/a/memory.limit_in_bytes": 1, "cpu/a/memory.max": 1}, 4),
+        ("0::/../../outside", {"memory.max": 1}, 1),  # of a container that sees another's groups
+    ],
+)
+def test_the_limits_of_a_processs_own_groups_count(
+    groups: str,
+    limits: dict[str, int],
+    limit: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    for name, size in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{size * GIB}\n")
+    real = config_module._lines
+    monkeypatch.setattr(
+        config_module,
+        "_lines",
+        lambda file: groups.splitlines() if file == Path("/proc/self/cgroup") else real(file),
+    )
+    monkeypatch.setattr(config_module, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 20}.__getitem__)
+    assert config_module.memory_limit() == limit * GIB
 
 
 # --- mistakes ---

@@ -117,7 +117,8 @@ def test_imports_resolve_relative_names() -> None:
     """Or the tests above would look at the wrong names."""
     assert "lmcache_sglang.kernels.pages.PageSegments" in imports(Path("storage/chain.py"))
     assert "lmcache_sglang.errors.TierError" in imports(Path("storage/chain.py"))
-    assert "lmcache_sglang.storage.base.Tier" in imports(Path("storage/disk/tier.py"))
+    assert "lmcache_sglang.storage.base.UpperTier" in imports(Path("storage/slab/tier.py"))
+    assert "lmcache_sglang.errors.Reason" in imports(Path("storage/slab/tier.py"))
     assert "lmcache_sglang.errors.TierError" in imports(
         Path("lmcache_sglang/testing/tier_suite.py")
     )

@@ -386,6 +386,49 @@ def test_attaching_selects_the_zero_copy_calls(scenario: Scenario) -> None:
 
 
 @needs_sglang
+@pytest.mark.parametrize(
+    ("backend", "extra", "passed"),
+    [
+        (NAME, None, True),
+        (NAME, '{"cpu": {"size": 0}}', True),
+        (NAME, '{"hicache_storage_pass_prefix_keys": false}', False),
+        (NAME, '{"hicache_storage_pass_prefix_keys": true}', True),
+        (NAME, "@FILE", False),
+        ("mooncake", None, False),
+        ("mooncake", '{"hicache_storage_pass_prefix_keys": true}', True),
+    ],
+)
+def test_hashes_of_the_pages_before_are_passed_unless_the_user_says_no(
+    backend: str,
+    extra: str | None,
+    passed: bool,
+    scenario: Scenario,
+    tmp_path: Path,
+) -> None:
+    """A start and the admin route both lead through SGLang's own parser and its own last step."""
+    (tmp_path / "extra.yaml").write_text("hicache_storage_pass_prefix_keys: false\n")
+    given = extra and extra.replace("FILE", str(tmp_path / "extra.yaml"))
+    answer = scenario(
+        f"""
+        load_plugins()
+        from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+        from sglang.srt.mem_cache.unified_cache.storage_attachment import StorageAttachment
+        cache = SimpleNamespace(enable_storage=True, page_size=16)
+        attachment = StorageAttachment(cache)
+        parsed = HybridCacheController.parse_storage_backend_extra_config({given!r})
+        attachment.apply_runtime_config(
+            storage_backend={backend!r}, prefetch_threshold=parsed[1],
+            prefetch_timeout_base=parsed[2], prefetch_timeout_per_ki_token=parsed[3],
+            hicache_storage_pass_prefix_keys=parsed[4], enable_storage=True,
+            enable_storage_metrics=False, extra_metric_labels=None,
+        )
+        result = cache.hicache_storage_pass_prefix_keys
+        """
+    )
+    assert answer.result is passed
+
+
+@needs_sglang
 def test_activating_twice_is_activating_once(scenario: Scenario) -> None:
     answer = scenario(
         """

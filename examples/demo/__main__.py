@@ -64,6 +64,8 @@ def main() -> int:
 def _run(options: argparse.Namespace, progress: Progress) -> Report:
     """Everything that is shown is shown here; progress goes to stderr, results to stdout."""
     store = StoreFolder(options.store)
+    if options.backend == "lmcache":
+        store.require_usable()
     store.empty()
     device, device_name = device_of(options.device)
     model = _model(options.model, progress)
@@ -99,7 +101,7 @@ def _show(report: Report, setup: Setup, store: StoreFolder, *, keep: bool) -> No
         print(GPU_HINT)
     print(report.summary(setup.backend))
     if keep:
-        print(f"The store: {store.pages}, {store.size / 1e6:.0f} MB")
+        print(f"The store: {store.pages}, {store.size / 1e6:.0f} MB, and in memory {store.memory}")
     print(
         f"Try next: `make demo MODEL=path/to/model`, or this server by hand:\n  {setup.command()}"
     )
@@ -118,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     store = "where the store lives; emptied at the start (default: .cache/demo-store)"
     add("--store", type=Path, default=CACHE / "demo-store", metavar="DIR", help=store)
-    add("--keep", action="store_true", help="leave the store on disk")
+    add("--keep", action="store_true", help="leave the store on disk and in memory")
     add("--json", type=Path, metavar="FILE", help="also write the result there")
     add("--max-new-tokens", type=int, default=16, metavar="N", help="of each answer (default: 16)")
     wait = "how long a server may take to start (default: 300)"

@@ -1,27 +1,26 @@
-"""Bit rot on demand: change one stored byte behind a tier's back, as a failing medium would."""
+"""Damage behind a store's back."""
 
 from __future__ import annotations
 
-from ..storage.cpu import CpuTier
-from ..storage.disk.tier import DiskTier
+import os
+
+from ..storage.slab import files
+from ..storage.slab.tier import SlabTier
 
 
-def flip_in_cpu(tier: CpuTier, key: bytes) -> bool:
-    """Flip the lowest bit of a page's last byte; whether the page was there."""
-    record = tier._records.get(key)
-    if record is None:
-        return False
-    record.data[-1] ^= 1
-    return True
+def region_offset(tier: SlabTier, content: bytes) -> int:
+    """Where a page lies in the region, found by its first bytes. Raises: ValueError, it is not there."""
+    region = (tier.directory / files.REGION).read_bytes()
+    return region.index(content[: min(len(content), 512)])
 
 
-def flip_on_disk(tier: DiskTier, key: bytes) -> bool:
-    """Flip the lowest bit of a page's last byte; whether the page was there."""
-    with tier._env.write() as txn:
-        found = txn.get(key, db=tier._env.tables.pages)
-        if found is None:
-            return False
-        data = bytearray(found)
-        data[-1] ^= 1
-        txn.put(key, data, db=tier._env.tables.pages)
-    return True
+def flip(tier: SlabTier, content: bytes, at: int = 0) -> None:
+    """Change one byte of a stored page, in its file or its memory, and nothing else."""
+    offset = region_offset(tier, content) + at
+    file = os.open(tier.directory / files.REGION, os.O_RDWR)
+    try:
+        (byte,) = os.pread(file, 1, offset)
+        os.pwrite(file, bytes([byte ^ 0x10]), offset)
+        os.fsync(file)
+    finally:
+        os.close(file)

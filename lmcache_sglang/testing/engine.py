@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..storage.disk.tier import DiskTier
+import lmdb
+
+from ..config import SHARED_MEMORY, Config
+from ..storage.slab.opening import Place
+from ..storage.slab.settings import SlabSettings
+from ..storage.slab.tier import SlabTier
 from .server import Entry, SGLangServer
 
 PAGE_SIZE = 16
 ADMIN_KEY = "an admin's key"
 WAIT_SECONDS = 60.0
 NEW_TOKENS = 16
+
+MEMORY = (
+    SHARED_MEMORY / f"lmcache-engine-tests-{os.getpid()}"
+)  # of all CPU tiers of this process's tests
 
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
 CPU_ARGS = ("--device", "cpu", "--dtype", "float32")  # bf16 may flip a token with the batch
@@ -38,8 +51,8 @@ class Setup:
     """How an engine is started: everything but the model."""
 
     store: Path
-    cpu: str = "64MiB"
-    disk: str = "256MiB"
+    cpu: str | int = "64MiB"
+    disk: str | int = "256MiB"
     flag: bool = True  # with --hicache-storage-backend lmcache from the start
     args: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -47,9 +60,26 @@ class Setup:
     page_size: int = PAGE_SIZE
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """This package's own."""
+        return {
+            "path": str(self.store),
+            "cpu": {"size": self.cpu, "path": str(self.memory)},
+            "disk": {"size": self.disk},
+        }
+
+    @property
     def extra_config(self) -> str:
-        sizes = {"cpu": {"size": self.cpu}, "disk": {"size": self.disk}}
-        return json.dumps({"path": str(self.store), **sizes})
+        return json.dumps(self.settings)
+
+    @property
+    def memory(self) -> Path:
+        """The directory of the CPU tier, which outlives the engine."""
+        return MEMORY / hashlib.sha256(os.fsencode(self.store)).hexdigest()[:12]
+
+    def forget_memory(self) -> None:
+        """Remove the CPU tier, as a reboot does; for when no engine has it open."""
+        shutil.rmtree(self.memory, ignore_errors=True)
 
 
 def server(model: Path, setup: Setup, log: Path, *, python: str = sys.executable) -> SGLangServer:
@@ -105,13 +135,42 @@ def until(what: Callable[[], bool], timeout: float = WAIT_SECONDS) -> None:
         time.sleep(0.05)  # the other process offers no event to wait for
 
 
+def disk_tier(setup: Setup) -> SlabTier:
+    """The store's disk tier, beside an engine that may have it open."""
+    place, size = (
+        Place(setup.store, memory=False),
+        Config.of(setup.settings).disk.bytes(setup.store),
+    )
+    return SlabTier(place, size, SlabSettings(engine="threads"))  # others are measured, for seconds
+
+
+def memory_tier(setup: Setup) -> SlabTier:
+    """The store's CPU tier, beside an engine that may have it open."""
+    size = Config.of(setup.settings).cpu.bytes(setup.memory)
+    return SlabTier(Place(setup.memory, memory=True), size, name="cpu")
+
+
 def pages_on_disk(setup: Setup) -> int:
-    """Pages in the store's disk tier, read beside the engine that has it open."""
-    tier = DiskTier(setup.store, 256 << 20)
-    try:
+    with closing(disk_tier(setup)) as tier:
         return tier.stats().pages
-    finally:
-        tier.close()
+
+
+def pages_in_memory(setup: Setup) -> int:
+    with closing(memory_tier(setup)) as tier:
+        return tier.stats().pages
+
+
+def roots_in_memory(setup: Setup) -> int:
+    """Pages of which the CPU tier knows no page before them.
+
+    An entry of the index ends with the tag of its parent, flags and a check (storage/csrc/entry.hpp).
+    """
+    index = lmdb.open(
+        str(setup.memory / "index"), subdir=False, readonly=True, lock=False, max_dbs=8
+    )
+    table = index.open_db(b"index", create=False)
+    with index, index.begin(db=table) as txn:
+        return sum(entry[-16:-8] == bytes(8) for _, entry in txn.cursor())
 
 
 def whole_pages(prompt: Sequence[int], page_size: int = PAGE_SIZE) -> int:

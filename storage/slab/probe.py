@@ -1,10 +1,12 @@
-"""Look at an LMDB file from a process of its own, before an engine trusts it.
+"""Look at an index file from a process of its own, before an engine trusts it.
 
 LMDB trusts its file: a damaged one can end the process that maps it with SIGSEGV, SIGBUS or SIGABRT, or
-keep it busy for ever. So before an engine opens a file, this script walks every tree of it: first with
-`lmdb.verify`, which reads it without LMDB, then for what only we know of our records. It reads no
-page's bytes (those have checksums), but all that leads to them, and the list of free pages. Its verdict
-is one line of JSON on stdout; when it dies or hangs instead, that is the verdict too.
+keep it busy for ever. So before an engine opens one, this script walks every tree of it with
+`lmdb.verify`, which reads it without LMDB, and then looks at the lengths of our records, which LMDB would
+take at their word. Its verdict is one line of JSON on stdout; when it dies or hangs instead, that is the
+verdict too.
+
+    python probe.py look FILE EXPECTED      python probe.py compact FILE COPY
 
 It is run by path with only LMDB importable, so it imports nothing of this package.
 """
@@ -17,7 +19,6 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import TypedDict
@@ -33,13 +34,10 @@ _DUPLICATES = 0x04  # a flag that the free list's tree never has, and that `veri
 
 
 class Expected(TypedDict):
-    """What a file of ours looks like; layout.py has the values."""
+    """What an index of ours looks like; opening.py has the values."""
 
-    magic: str
-    format: int
     tables: list[str]
     lengths: dict[str, tuple[int, int]]  # of each key and value, of the tables where they are fixed
-    entry: str  # the struct of a value of `index`; its second number is the page's length
 
 
 class _OutOfTime(Exception):
@@ -47,7 +45,7 @@ class _OutOfTime(Exception):
 
 
 def verdict(state: str, detail: str = "") -> dict[str, str]:
-    """state: ours, foreign, version or damaged."""
+    """state: ours, foreign or damaged."""
     return {"state": state, "detail": detail}
 
 
@@ -69,17 +67,13 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def misfits(env: lmdb.Environment, expected: Expected) -> Iterator[str]:
-    """Records that LMDB could not have got from us. It would take their lengths at their word."""
+    """Records that LMDB could not have got from us."""
     tables = {name: env.open_db(name.encode(), create=False) for name in expected["tables"]}
     with env.begin(buffers=True) as txn:
         for name, lengths in expected["lengths"].items():
             for key, value in txn.cursor(tables[name]):
                 if (len(key), len(value)) != tuple(lengths):
                     yield f"a record of {name} has lengths {len(key)} and {len(value)}"
-        listed, kept = txn.cursor(tables["index"]), txn.cursor(tables["pages"])
-        for (its_key, entry), (page_key, page) in zip_longest(listed, kept, fillvalue=(b"", b"")):
-            if its_key != page_key or struct.unpack(expected["entry"], entry)[1] != len(page):
-                yield "the index and the pages do not belong together"
 
 
 def free_list_has_duplicates(path: str) -> bool:
@@ -104,28 +98,26 @@ def inspect(path: str, expected: Expected) -> dict[str, str]:
     env = lmdb.open(path, subdir=False, readonly=True, lock=False, max_dbs=len(expected["tables"]))
     if env.stat()["entries"] == 0:
         return verdict("ours")  # empty: the process that was making it was killed
-    with env.begin() as txn:
-        try:
-            meta = env.open_db(b"meta", txn=txn, create=False)
-        except lmdb.NotFoundError:
-            return verdict("foreign")
-        mark = txn.get(b"magic", db=meta)
-        written_by = txn.get(b"format", db=meta)
-    if mark != expected["magic"].encode() or written_by is None:
-        return verdict("foreign")
-    (number,) = struct.unpack("<I", written_by)
-    if number != expected["format"]:
-        return verdict("version", str(number))
     misfit = None
     with at_most(WALK_SECONDS):
-        misfit = next(misfits(env, expected), None)
+        try:
+            misfit = next(misfits(env, expected), None)
+        except lmdb.NotFoundError:
+            return verdict("foreign")
     return verdict("ours") if misfit is None else verdict("damaged", misfit)
 
 
+def compact(path: str, copy: str) -> dict[str, str]:
+    """Copy without the free pages."""
+    with lmdb.open(path, subdir=False, readonly=True, lock=False, max_dbs=8) as env:
+        env.copy(copy, compact=True)
+    return verdict("ours")
+
+
 def main() -> None:
-    path, expected = sys.argv[1:]
+    task, path, argument = sys.argv[1:]
     try:
-        found = inspect(path, json.loads(expected))
+        found = inspect(path, json.loads(argument)) if task == "look" else compact(path, argument)
     except (lmdb.Error, struct.error) as error:
         found = verdict("damaged", str(error))
     print(json.dumps(found))

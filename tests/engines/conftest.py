@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from lmcache_sglang.testing.engine import MEMORY
 from lmcache_sglang.testing.tiny_model import make_tiny_llama
 
 HERE = Path(__file__).parent
@@ -32,5 +34,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Path]:
-    """A folder for the stores and logs of one test file."""
+    """A folder for the stores and logs of one test file, whose CPU tiers are removed after it."""
     yield tmp_path_factory.mktemp(Path(str(request.path)).stem)
+    shutil.rmtree(MEMORY, ignore_errors=True)

@@ -95,7 +95,7 @@ def test_a_bad_setting_refuses_the_attach_and_leaves_the_engine_serving(
     wrong = json.dumps({"path": str(setup.store), "cpu": {"sise": "1GiB"}})
     with pytest.raises(ServerRefused, match=r"cpu\.sise.*did you mean cpu\.size"):
         attach(engine, setup, hicache_storage_backend_extra_config_json=wrong)
-    tiny = json.dumps({"path": str(setup.store), "cpu": {"size": 1000}})
+    tiny = json.dumps({"path": str(setup.store), "cpu": {"size": 1000, "path": str(setup.memory)}})
     with pytest.raises(ServerRefused, match=r"cpu\.size"):
         attach(engine, setup, hicache_storage_backend_extra_config_json=tiny)
     assert ask(engine, FIRST).tokens == cold.tokens

@@ -50,6 +50,7 @@ def test_an_engine_restores_what_the_one_before_it_stored(model: Path, folder: P
     setup = Setup(folder / "store")
     (folder / "program.py").write_text(PROGRAM)
     tokens, cached = run(folder, model, setup)
+    setup.forget_memory()
     assert not cached or cached["storage"] == 0
     again, cached = run(folder, model, setup)
     assert again == tokens

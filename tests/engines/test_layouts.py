@@ -26,6 +26,7 @@ def test_a_restart_restores_the_same_tokens(
     with server(model, setup, folder / f"{layout}-cold.log") as engine:
         cold = ask(engine, FIRST)
     assert cold.storage == 0
+    setup.forget_memory()
     with server(model, setup, folder / f"{layout}-warm.log") as engine:
         assert engine.get("/server_info")["hicache_mem_layout"] == layout
         warm = ask(engine, FIRST)

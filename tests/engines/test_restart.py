@@ -1,4 +1,7 @@
-"""What the store is for: an engine that starts again finds what the one before it computed."""
+"""What the store is for: an engine that starts again finds what the one before it computed.
+
+Here from the disk alone, as after a reboot; test_memory.py does it from memory alone.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,7 @@ def cold(model: Path, folder: Path, setup: Setup) -> dict[str, Answer]:
             "keyed": ask(engine, FIRST, **KEYED),
         }
         assert engine.get("/server_info")["hicache_storage_backend"] == "lmcache"
+    setup.forget_memory()
     return answers
 
 

@@ -20,6 +20,7 @@ from examples.demo.rounds import Round
 from examples.demo.server import PAGE_SIZE, Setup, restorable, stored_tokens
 from examples.demo.store import StoreFolder
 from examples.demo.workload import TEXTS, Script, scripts, shortened, shortener, warm_up
+from lmcache_sglang.storage.slab.filesystem import Mount
 
 CHAT = Script("chat", "A text.", ("One?", "Two?", "Three?"), is_chat=True)
 DOCUMENT = Script("document", "A text.", ("One?", "Two?"), is_chat=False)
@@ -214,6 +215,31 @@ def test_store_folder_is_emptied_only_if_the_demo_made_it(tmp_path: Path) -> Non
     assert list(ours.pages.iterdir()) == []
     ours.remove()
     assert not ours.root.exists()
+
+
+def test_the_memory_of_the_store_goes_with_its_folder(tmp_path: Path) -> None:
+    store, other = StoreFolder(tmp_path / "store"), StoreFolder(tmp_path / "other")
+    assert store.memory != other.memory
+    for folder in (store, other):
+        folder.memory.mkdir(parents=True)
+        (folder.memory / "region").write_bytes(b"x")
+    store.empty()
+    assert not store.memory.exists()
+    store.memory.mkdir()
+    store.remove()
+    assert not store.memory.exists()
+    assert (other.memory / "region").exists()
+
+
+def test_a_folder_where_no_store_can_lie_is_told_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StoreFolder(tmp_path / "store")
+    store.require_usable()
+    overlay = Mount(Path("/"), "overlay")
+    monkeypatch.setattr("examples.demo.store.mount_of", lambda path: overlay)
+    with pytest.raises(DemoFailed, match=r"container's own layer.*--store /dev/shm"):
+        store.require_usable()
 
 
 def test_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from lmcache_sglang.errors import ConfigError
 from lmcache_sglang.hicache.pools import page_bytes, segments
+from lmcache_sglang.storage.base import page_key
 
 if TYPE_CHECKING:
     from lmcache_sglang.hicache.backend import LMCacheBackend
@@ -263,6 +264,67 @@ def test_pages_already_stored_are_reported_stored(make_pool: MakePool, backends:
     assert backend.batch_set_v1(keys, indices(pool, [0, 1, 2])) == [True] * 3
 
 
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_what_comes_before_a_batch_reaches_the_store(
+    before: int, make_pool: MakePool, backends: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang gives all page hashes from the start of the request; the last is the batch's parent."""
+    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo
+
+    backend = backends.open(make_pool(USUAL))
+    hashes = page_hashes(before + 2)
+    told: list[tuple[str, object, object]] = []
+    for name in ("put", "get"):
+        real = getattr(backend._chain, name)
+
+        def record(
+            keys: Any, pages: Any, *, name: str = name, real: Any = real, **more: Any
+        ) -> Any:
+            told.append((name, more.get("parent"), more.get("position")))
+            return real(keys, pages, **more)
+
+        monkeypatch.setattr(backend._chain, name, record)
+    info = HiCacheStorageExtraInfo(prefix_keys=hashes[:before])
+    place = indices(make_pool(USUAL), [0, 1])
+    assert backend.batch_set_v1(hashes[before:], place, info) == [True, True]
+    assert backend.batch_get_v1(hashes[before:], place, info) == [True, True]
+    parent = page_key(backend._namespace, bytes.fromhex(hashes[before - 1])) if before else b""
+    assert told == [("put", parent, before), ("get", parent, None)]
+
+
+@pytest.mark.parametrize("info", [None, {}, {"prefix_keys": None}])
+def test_a_batch_of_which_sglang_says_no_more_begins_a_chain(
+    info: dict[str, Any] | None, make_pool: MakePool, backends: Any
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo
+
+    backend = backends.open(make_pool(USUAL))
+    given = None if info is None else HiCacheStorageExtraInfo(**info)
+    place = indices(make_pool(USUAL), [0, 1])
+    assert backend.batch_set_v1(page_hashes(2), place, given) == [True, True]
+    assert backend.batch_get_v1(page_hashes(2), place, given) == [True, True]
+
+
+def test_the_start_of_a_request_outlives_its_end_over_batches(
+    make_pool: MakePool, backends: Any
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo
+
+    pool = make_pool(USUAL, pages=4)
+    backend = backends.open(pool, cpu="512KiB", disk=0)
+    request, place = page_hashes(12), indices(pool, [0, 1, 2, 3])
+    for start in (0, 4, 8):
+        info = HiCacheStorageExtraInfo(prefix_keys=request[:start])
+        backend.batch_set_v1(request[start : start + 4], place, info)
+    others, number = indices(pool, [0]), 0
+    while backend.batch_exists(request):
+        found = [backend.exists(page) for page in request]
+        assert found == sorted(found, reverse=True), "a page was kept without those before it"
+        backend.batch_set_v1(page_hashes(1, seed=str(number)), others)
+        number += 1
+        assert number < 2000
+
+
 # --- other pages do not ---
 
 
@@ -422,9 +484,9 @@ def test_a_pool_without_memory_is_refused_by_name(sglang: None, backends: Any) -
 @pytest.mark.parametrize(
     ("sizes", "blamed"),
     [
-        ({"cpu": "4KiB", "disk": "32MiB"}, "cpu.size"),
-        ({"cpu": "4KiB", "disk": 0}, "cpu.size"),
-        ({"cpu": 0, "disk": "1MiB"}, "disk.size"),
+        ({"cpu": "8MiB", "disk": "64MiB"}, "cpu.size"),
+        ({"cpu": "8MiB", "disk": 0}, "cpu.size"),
+        ({"cpu": 0, "disk": "8MiB"}, "disk.size"),
     ],
 )
 def test_a_limit_below_one_page_stops_the_start(
@@ -438,7 +500,8 @@ def test_a_limit_below_one_page_stops_the_start(
     assert caught.value.setting == blamed
     assert str(one_page) in str(caught.value)
     backend.close()
-    backends.open(pool, cpu="64MiB", disk="64MiB")  # the failed start left nothing open
+    backend = backends.open(pool, cpu=0, disk="80MiB")  # the failed start left nothing open
+    assert backend.batch_set_v1(page_hashes(1), indices(pool, [0])) == [True]
 
 
 def test_without_metrics_there_are_no_statistics(make_pool: MakePool, backends: Any) -> None:
@@ -542,8 +605,7 @@ def test_reading_while_writing_never_mixes_pages(make_pool: MakePool, backends: 
     fill(pool)
     keys = page_hashes(count)
     written = [content(pool, slot) for slot in range(count)]
-    room = 8 * page_bytes(pool, indices(pool, [0]))  # for a third of the pages, less what waits
-    backend = backends.open(pool, cpu=room)
+    backend = backends.open(pool, cpu="448KiB")  # the smallest store, but for little
     start = Barrier(3)
     wrong: list[object] = []
 

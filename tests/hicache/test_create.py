@@ -56,10 +56,11 @@ def test_the_settings_of_the_engine_open_the_store(create: Create, tmp_path: Pat
     assert (tmp_path / "store").is_dir()
 
 
-def test_ranks_of_the_engine_share_the_memory(create: Create) -> None:
-    backend = create(extra={"disk": {"size": 0}}, tp_size=2, dp_size=2)
+@pytest.mark.parametrize("ranks", [{}, {"tp_size": 2}, {"tp_size": 2, "dp_size": 2}], ids=str)
+def test_the_memory_is_one_for_all_ranks_of_the_node(create: Create, ranks: dict[str, int]) -> None:
+    backend = create(extra={"disk": {"size": 0}}, **ranks)
     (cpu,) = backend._chain.tiers
-    assert cpu.capacity == 8 * MIB // 4
+    assert cpu.capacity == 8 * MIB
 
 
 @pytest.mark.parametrize("metrics", [False, True])

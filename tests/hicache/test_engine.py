@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_sglang.hicache.engine import model_identity, ranks_on_this_node
+from lmcache_sglang.hicache.engine import model_identity
 
 Serving = Callable[..., AbstractContextManager[Any]]
 
@@ -125,23 +125,3 @@ def test_a_model_by_its_hub_name_is_looked_up_on_this_machine_only(
     with serving(model_path=str(model)):
         assert by_name == model_identity("m")
     assert asked == [("org/name", {"revision": "v2", "local_files_only": True})]
-
-
-@pytest.mark.parametrize(
-    ("fields", "ranks"),
-    [
-        ({}, 1),
-        ({"tp_size": 4}, 4),
-        ({"tp_size": 4, "pp_size": 2}, 8),
-        ({"tp_size": 2, "dp_size": 3}, 6),  # replicas: each has ranks of its own
-        ({"tp_size": 4, "attn_dp_size": 4}, 4),  # groups within the ranks
-        ({"tp_size": 16, "nnodes": 2}, 8),
-        ({"tp_size": 1, "nnodes": 2}, 1),
-    ],
-    ids=str,
-)
-def test_every_process_that_shares_the_memory_is_counted(
-    fields: dict[str, int], ranks: int, serving: Serving
-) -> None:
-    with serving(**fields):
-        assert ranks_on_this_node() == ranks

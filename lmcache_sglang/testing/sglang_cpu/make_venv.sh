@@ -37,7 +37,7 @@ checksum() {
     cd "$root"
     {
         cat "$here/make_venv.sh" "$here/requirements.txt" pyproject.toml CMakeLists.txt
-        find kernels/csrc -type f -print0 | sort -z | xargs -0r cat
+        find kernels/csrc storage/csrc cmake -type f -print0 | sort -z | xargs -0r cat
     } | sha256sum
 }
 

@@ -1,0 +1,91 @@
+"""One of several processes that use a store at once, as hard as they can, and check all that they see."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from ..errors import Reason, TierError
+from ..storage.base import Lookup
+from ..storage.slab.tier import SlabTier
+from .injection import Signalled, injected
+from .small_store import SmallStore, get, here, key_of, put
+from .tier_suite import OTHER_NAMESPACE
+
+KINDS = ["put", "chain", "get", "exists", "remove", "pin", "clear", "quota", "sweep"]
+WEIGHTS = [8, 8, 16, 4, 3, 2, 0.2, 0.2, 0.5]
+MOST = 8  # pages of a batch
+
+
+@dataclass
+class Done:
+    operations: int = 0
+    slowest: float = 0.0  # seconds
+    busy: int = 0  # operations that got no lock in time
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+
+def run(store: SmallStore, seed: int, seconds: float, numbers: range = range(120)) -> Done:
+    """Raises: AssertionError, when a page is not the page of its key, or corrupt."""
+    rng, done = random.Random(seed), Done()
+    with store.opened() as tier:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            started = time.monotonic()
+            try:
+                _step(tier, rng, numbers, done)
+            except TierError as error:
+                if error.reason is not Reason.BUSY:
+                    raise
+                done.busy += 1
+            done.operations += 1
+            done.slowest = max(done.slowest, time.monotonic() - started)
+    return done
+
+
+def _step(tier: SlabTier, rng: random.Random, numbers: range, done: Done) -> None:
+    """One operation, chosen at random."""
+    some = rng.sample(numbers, rng.randint(1, MOST))
+    keys = [key_of(number) for number in some]
+    match rng.choices(KINDS, WEIGHTS)[0]:
+        case "put":
+            parents = [rng.choice([b"", key_of(rng.choice(numbers))]) for _ in some]
+            done.outcomes.update(stored.value for stored in put(tier, some, parents))
+        case "chain":
+            done.outcomes.update(stored.value for stored in put(tier, sorted(some)))
+        case "get":
+            outcome = get(tier, some)
+            assert set(outcome) <= {Lookup.HIT, Lookup.MISS}, outcome
+            done.outcomes.update(lookup.value for lookup in outcome)
+        case "exists":
+            here(tier, some)
+        case "remove":
+            tier.remove(keys[:2])
+        case "pin":
+            tier.pin(keys[:2], rng.choice([0, 0, 1]))
+        case "clear":
+            tier.clear(OTHER_NAMESPACE)
+        case "quota":
+            tier.set_quota(OTHER_NAMESPACE, rng.choice([0, 200_000]))
+        case "sweep":
+            tier.sweep()
+
+
+def put_all(store: SmallStore, numbers: list[int]) -> list[str]:
+    with store.opened() as tier:
+        return [stored.value for stored in put(tier, numbers, [b""] * len(numbers))]
+
+
+def put_and_stop(store: SmallStore, numbers: list[int], step: str) -> list[str]:
+    """As `put_all`, but a SIGSTOP comes at the first step of that name."""
+    with store.opened() as tier, injected(Signalled(1, signal.SIGSTOP, step)):
+        return [stored.value for stored in put(tier, numbers, [b""] * len(numbers))]
+
+
+def check_for_ever(store: SmallStore) -> None:
+    with store.opened() as tier:
+        while True:
+            tier.check()

@@ -1,0 +1,356 @@
+// SlabStore as Python sees it: one call a batch, the GIL released while it works.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <memory>
+
+#include "cancel.hpp"
+#include "slab_store.hpp"
+#include "spill.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using namespace lmcache;
+
+Deadline deadline_in(double seconds) {
+  const double most = 365.0 * 24 * 3600;
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                            std::chrono::duration<double>(std::clamp(seconds, 0.0, most)));
+}
+
+Key key_of(nb::handle object) {
+  if (!PyBytes_Check(object.ptr())) throw nb::type_error("keys must be bytes");
+  if (PyBytes_GET_SIZE(object.ptr()) != kKeyBytes) throw nb::value_error("a key has 48 bytes");
+  return Key::of({PyBytes_AS_STRING(object.ptr()), kKeyBytes});
+}
+
+std::vector<Key> keys_of(const nb::list& objects) {
+  std::vector<Key> keys;
+  keys.reserve(objects.size());
+  for (nb::handle object : objects) keys.push_back(key_of(object));
+  return keys;
+}
+
+// The memory of a batch, as the native side wants it.
+struct Pages {
+  Pages(const std::vector<uint64_t>& addresses, const std::vector<uint64_t>& sizes,
+        size_t per_page) {
+    if (per_page == 0 || addresses.size() != sizes.size() || addresses.size() % per_page != 0)
+      throw nb::value_error("addresses and sizes must both hold per_page entries for each page");
+    segments.reserve(addresses.size());
+    for (size_t i = 0; i < addresses.size(); ++i)
+      segments.push_back({reinterpret_cast<uint8_t*>(addresses[i]), static_cast<size_t>(sizes[i])});
+    for (size_t i = 0; i < segments.size(); i += per_page) {
+      pages.emplace_back(segments.data() + i, per_page);
+      bytes.push_back(bytes_of(pages.back()));
+    }
+  }
+  Batch with(const std::vector<Key>& keys) const {
+    if (keys.size() != pages.size()) throw nb::value_error("keys and pages must be equally many");
+    return {keys, pages, bytes};
+  }
+  std::vector<Segment> segments;
+  std::vector<std::span<const Segment>> pages;
+  std::vector<uint64_t> bytes;
+};
+
+// None: the batch is one run of a chain. Else each page's parent, a key or empty bytes.
+std::vector<Tag> parents_of(const std::vector<Key>& keys, const std::optional<nb::list>& given) {
+  std::vector<Tag> parents(keys.size());
+  if (given && given->size() != keys.size())
+    throw nb::value_error("keys and parents must be equally many");
+  for (size_t i = 0; i < keys.size(); ++i) {
+    if (!given) {
+      parents[i] = i == 0 || keys[i - 1].space() != keys[i].space() ? 0 : keys[i - 1].tag();
+    } else if (nb::handle object = (*given)[i]; !PyBytes_Check(object.ptr())) {
+      throw nb::type_error("parents must be bytes");
+    } else if (PyBytes_GET_SIZE(object.ptr()) != 0) {
+      parents[i] = key_of(object).tag();
+    }
+  }
+  return parents;
+}
+
+template <class T>
+T named(const std::map<std::string, T>& names, const std::string& name) {
+  const auto found = names.find(name);
+  if (found == names.end()) throw nb::value_error(("no such name: " + name).c_str());
+  return found->second;
+}
+
+Spill spill_named(const std::string& name) {
+  return named<Spill>({{"never", Spill::Never},
+                       {"now", Spill::Now},
+                       {"on-evict", Spill::OnEvict},
+                       {"on-touch", Spill::OnTouch},
+                       {"later", Spill::Later}},
+                      name);
+}
+
+StoreOptions options_of(const nb::dict& given) {
+  const auto number = [&](const char* name) { return nb::cast<uint64_t>(given[name]); };
+  const auto text = [&](const char* name) { return nb::cast<std::string>(given[name]); };
+  const auto flag = [&](const char* name) { return nb::cast<bool>(given[name]); };
+  StoreOptions options;
+  options.directory = text("directory");
+  options.medium = named<MediumKind>(
+      {{"file", MediumKind::File}, {"memory", MediumKind::Memory}, {"none", MediumKind::None}},
+      text("medium"));
+  options.alone = flag("alone");
+  options.shape = {number("slab_bytes"), static_cast<uint32_t>(number("slabs")),
+                   static_cast<uint32_t>(number("slots_per_slab")),
+                   static_cast<uint32_t>(number("ghosts"))};
+  options.index_bytes = number("index_bytes");
+  options.pages_most = number("pages_most");
+  options.sync = named<Sync>(
+      {{"durable", Sync::Durable}, {"ordered", Sync::Ordered}, {"volatile", Sync::Volatile}},
+      text("sync"));
+  options.policy = named<PolicyKind>(
+      {{"sieve", PolicyKind::Sieve}, {"s3-fifo", PolicyKind::S3Fifo}, {"lru", PolicyKind::Lru}},
+      text("policy"));
+  options.below = spill_named(text("below"));
+  options.threads = static_cast<unsigned>(number("threads"));
+  options.huge_pages = flag("huge_pages");
+  options.device.queue_depth = static_cast<unsigned>(number("queue_depth"));
+  options.device.direct = flag("direct");
+  using Engine = DeviceOptions::Engine;
+  options.device.engine = named<Engine>(
+      {{"auto", Engine::Auto}, {"threads", Engine::Threads}, {"io_uring", Engine::Uring}},
+      text("engine"));
+  const nb::bytes id = nb::cast<nb::bytes>(given["id"]);
+  if (id.size() != options.id.size()) throw nb::value_error("a store's id has 16 bytes");
+  std::memcpy(options.id.data(), id.c_str(), id.size());
+  return options;
+}
+
+Limits limits_of(double seconds, const Cancel* cancel) {
+  return {deadline_in(seconds), cancel == nullptr ? nullptr : &cancel->raised};
+}
+
+template <class T>
+nb::bytes codes_of(const std::vector<T>& outcome) {
+  static_assert(sizeof(T) == 1);
+  return nb::bytes(outcome.data(), outcome.size());
+}
+
+nb::bytes get(SlabStore& store, const nb::list& key_objects, const std::vector<uint64_t>& addresses,
+              const std::vector<uint64_t>& sizes, size_t per_page, double seconds,
+              const Cancel* cancel) {
+  const auto keys = keys_of(key_objects);
+  const Pages pages(addresses, sizes, per_page);
+  const Batch batch = pages.with(keys);
+  std::vector<Lookup> outcome;
+  {
+    nb::gil_scoped_release unlocked;
+    outcome = store.get(batch, limits_of(seconds, cancel));
+  }
+  return codes_of(outcome);
+}
+
+nb::bytes put(SlabStore& store, const nb::list& key_objects, const std::vector<uint64_t>& addresses,
+              const std::vector<uint64_t>& sizes, size_t per_page,
+              const std::optional<std::vector<uint64_t>>& checksums,
+              const std::optional<nb::list>& parent_objects, const std::string& spill,
+              double seconds, const Cancel* cancel) {
+  const auto keys = keys_of(key_objects);
+  const auto parents = parents_of(keys, parent_objects);
+  const Pages pages(addresses, sizes, per_page);
+  const Batch batch = pages.with(keys);
+  const Spill what = spill_named(spill);
+  const std::vector<uint64_t> none;
+  const std::vector<uint64_t>& sums = checksums ? *checksums : none;
+  if (checksums && sums.size() != keys.size())
+    throw nb::value_error("keys and checksums must be equally many");
+  std::vector<Stored> outcome;
+  {
+    nb::gil_scoped_release unlocked;
+    outcome = store.put(batch, sums, parents, what, limits_of(seconds, cancel));
+  }
+  return codes_of(outcome);
+}
+
+std::vector<bool> exists(SlabStore& store, const nb::list& key_objects) {
+  const auto keys = keys_of(key_objects);
+  nb::gil_scoped_release unlocked;
+  return store.exists(keys);
+}
+
+std::vector<bool> used_again(SlabStore& store, const nb::list& key_objects) {
+  const auto keys = keys_of(key_objects);
+  nb::gil_scoped_release unlocked;
+  return store.used_again(keys);
+}
+
+size_t remove_pages(SlabStore& store, const nb::list& key_objects, double seconds) {
+  const auto keys = keys_of(key_objects);
+  nb::gil_scoped_release unlocked;
+  return store.remove(keys, deadline_in(seconds));
+}
+
+std::string space_of(const nb::bytes& space) {
+  if (space.size() != kNamespaceBytes) throw nb::value_error("a namespace has 16 bytes");
+  return {space.c_str(), space.size()};
+}
+
+size_t clear(SlabStore& store, const nb::bytes& space, double seconds) {
+  const std::string name = space_of(space);
+  nb::gil_scoped_release unlocked;
+  return store.clear(name, deadline_in(seconds));
+}
+
+void pin(SlabStore& store, const nb::list& key_objects, uint32_t until, double seconds) {
+  const auto keys = keys_of(key_objects);
+  nb::gil_scoped_release unlocked;
+  store.pin(keys, until, deadline_in(seconds));
+}
+
+void set_quota(SlabStore& store, const nb::bytes& space, uint64_t bytes, double seconds) {
+  const std::string name = space_of(space);
+  nb::gil_scoped_release unlocked;
+  store.set_quota(name, bytes, deadline_in(seconds));
+}
+
+nb::dict counts(SlabStore& store) {
+  const Counts counts = store.counts();
+  nb::dict result;
+  result["pages"] = counts.pages;
+  result["bytes"] = counts.bytes;
+  result["reserved"] = counts.reserved;
+  result["reserved_bytes"] = counts.reserved_bytes;
+  result["spilling_bytes"] = counts.spilling_bytes;
+  result["evicted"] = counts.evicted;
+  result["dirty_pages"] = counts.dirty_pages;
+  result["dirty_bytes"] = counts.dirty_bytes;
+  result["lost"] = counts.lost;
+  result["index_bytes"] = counts.index_bytes;
+  result["tree_bytes"] = counts.tree_bytes;
+  return result;
+}
+
+nb::tuple check(SlabStore& store, bool repair, double seconds) {
+  Check report;
+  {
+    nb::gil_scoped_release unlocked;
+    report = store.check(repair, {deadline_in(seconds), nullptr});
+  }
+  nb::list corrupt;
+  for (const Key& key : report.corrupt) corrupt.append(nb::bytes(key.bytes.data(), kKeyBytes));
+  return nb::make_tuple(report.pages, corrupt, report.problems);
+}
+
+nb::dict spill_into(SlabStore& upper, SlabStore& lower, uint64_t bytes_most, double seconds) {
+  Spilled done;
+  {
+    nb::gil_scoped_release unlocked;
+    done = spill(upper, lower, bytes_most, {deadline_in(seconds), nullptr});
+  }
+  nb::dict result;
+  result["pages"] = done.pages;
+  result["bytes"] = done.bytes;
+  result["refused"] = done.refused;
+  result["failed"] = done.failed;
+  result["damaged"] = done.damaged;
+  return result;
+}
+
+// A Failure as (reason, detail).
+void bind_failure(nb::module_& m) {
+  static nb::object type;
+  type = nb::steal(
+      PyErr_NewException("lmcache_sglang.storage._native.StoreFailure", nullptr, nullptr));
+  m.attr("StoreFailure") = type;
+  nb::register_exception_translator([](const std::exception_ptr& raised, void*) {
+    try {
+      std::rethrow_exception(raised);
+    } catch (const Failure& failure) {
+      const nb::tuple about = nb::make_tuple(name_of(failure.reason), failure.what());
+      PyErr_SetObject(type.ptr(), about.ptr());
+    } catch (const ControlDamaged& damage) {
+      PyErr_SetObject(type.ptr(), nb::make_tuple("corrupt", damage.what()).ptr());
+    } catch (const std::system_error& error) {
+      PyErr_SetObject(type.ptr(), nb::make_tuple("io", error.what()).ptr());
+    }
+  });
+}
+
+}  // namespace
+
+void bind_slab(nb::module_& m) {
+  bind_failure(m);
+  nb::class_<SlabStore>(m, "SlabStore")
+      .def(
+          "__init__",
+          [](SlabStore* self, const nb::dict& options) {
+            const StoreOptions native = options_of(options);
+            nb::gil_scoped_release unlocked;
+            new (self) SlabStore(native);
+          },
+          "options"_a)
+      .def("exists", &exists, "keys"_a)
+      .def("get", &get, "keys"_a, "addresses"_a, "sizes"_a, "per_page"_a, "seconds"_a,
+           "cancel"_a.none() = nb::none())
+      .def("put", &put, "keys"_a, "addresses"_a, "sizes"_a, "per_page"_a, "checksums"_a.none(),
+           "parents"_a.none(), "spill"_a, "seconds"_a, "cancel"_a.none() = nb::none())
+      .def("remove", &remove_pages, "keys"_a, "seconds"_a)
+      .def("clear", &clear, "space"_a, "seconds"_a)
+      .def("pin", &pin, "keys"_a, "until"_a, "seconds"_a)
+      .def("set_quota", &set_quota, "space"_a, "most"_a, "seconds"_a)
+      .def("used_again", &used_again, "keys"_a)
+      .def("counts", &counts)
+      .def("check", &check, "repair"_a, "seconds"_a)
+      .def("spill", &spill_into, "lower"_a, "bytes_most"_a, "seconds"_a)
+      .def(
+          "queue_unspilled",
+          [](SlabStore& store, bool touched_only, uint64_t bytes_most, double seconds) {
+            nb::gil_scoped_release unlocked;
+            return store.queue_unspilled(touched_only, bytes_most, deadline_in(seconds));
+          },
+          "touched_only"_a, "bytes_most"_a, "seconds"_a)
+      .def(
+          "sweep",
+          [](SlabStore& store, double seconds) {
+            nb::gil_scoped_release unlocked;
+            return store.sweep(deadline_in(seconds));
+          },
+          "seconds"_a)
+      .def("work_seen", &SlabStore::work_seen)
+      .def("wake", &SlabStore::wake)
+      .def(
+          "wait_for_work",
+          [](SlabStore& store, uint32_t seen, double seconds) {
+            nb::gil_scoped_release unlocked;
+            return store.wait_for_work(seen, deadline_in(seconds));
+          },
+          "seen"_a, "seconds"_a)
+      .def("room_seen", &SlabStore::room_seen)
+      .def(
+          "wait_for_room",
+          [](SlabStore& store, uint32_t seen, double seconds) {
+            nb::gil_scoped_release unlocked;
+            return store.wait_for_room(seen, deadline_in(seconds));
+          },
+          "seen"_a, "seconds"_a)
+      .def("describe", &SlabStore::describe)
+      .def(
+          "pin_memory",
+          [](SlabStore& store, const std::string& driver) {
+            nb::gil_scoped_release unlocked;
+            return store.pin_memory(driver);
+          },
+          "driver"_a)
+      .def("damaged_at_open", &SlabStore::damaged_at_open);
+  m.def(
+      "control_bytes",
+      [](uint64_t slab_bytes, uint32_t slabs, uint32_t slots_per_slab, uint32_t ghosts) {
+        return Shape{slab_bytes, slabs, slots_per_slab, ghosts}.control_bytes();
+      },
+      "slab_bytes"_a, "slabs"_a, "slots_per_slab"_a, "ghosts"_a);
+}

@@ -1,0 +1,202 @@
+// The volatile half of a store, made anew from its index.
+#include "rebuild.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace lmcache {
+
+namespace {
+
+constexpr size_t kAll = SIZE_MAX;
+
+}  // namespace
+
+void SlabStore::rebuild() {
+  Rebuild(*this).run();
+  rebuild_next_ = false;
+  control_.header().ready = kWhole;
+}
+
+void Rebuild::run() {
+  remember_reservations();
+  // A process may have died when its commit was written and not yet shown to readers: the next
+  // writer's first step is to show it.
+  {
+    const Index::Write show_last_commit(store_.index_);
+  }
+  control_.clear();
+  {
+    const Index::Read snapshot(store_.index_);
+    snapshot.walk(nullptr, kAll, [this](const Key& key, const Found& found) { place(key, found); });
+    for (const Held& held : held_) restore(held);
+    for (const Placed& page : placed_) count_child(snapshot, page);
+    read_pins_and_quotas(snapshot);
+    store_.damaged_at_open_ += bad_.size();
+    look_for_leftovers(snapshot);
+  }
+  fill_free_lists();
+  line_up();
+  mend_index();
+}
+
+// Other processes may be writing into slots that they reserved: those stay theirs.
+void Rebuild::remember_reservations() {
+  const Header& header = control_.header();
+  for (uint32_t number = 0; number < control_.shape().slabs; ++number) {
+    const Slab& slab = control_.slab(number);
+    if (slab.kind >= kClasses) continue;
+    const Class& kind = header.classes[slab.kind];
+    const uint32_t first = number * control_.shape().slots_per_slab;
+    for (uint32_t i = 0; i < kind.slots && i < control_.shape().slots_per_slab; ++i) {
+      const Slot& slot = control_.slot(first + i);
+      if (slot.state != State::Reserved || slot.owner == 0 || slot.owner >= kOwners) continue;
+      if ((slot.flags & kSpilling) || slot.space >= kSpaces || !store_.owners_.alive(slot.owner))
+        continue;
+      held_.push_back(
+          {first + i, kind.slot_blocks * kBlock, control_.key_of(first + i), slot.owner});
+    }
+  }
+}
+
+bool Rebuild::take(uint32_t slot, uint64_t slot_bytes) {
+  const uint32_t number = control_.slab_of(slot);
+  Slab& slab = control_.slab(number);
+  const uint32_t kind = store_.kind_for(slot_bytes);
+  if (kind == kNone || (slab.kind != kNone && slab.kind != kind)) return false;
+  if (slab.kind == kNone) {
+    slab.kind = kind;
+    ++control_.kind(kind).slabs;
+    control_.reset_slots(number, control_.kind(kind).slots);
+  } else if (control_.slot(slot).state != State::Free) {
+    return false;  // two entries, one slot
+  }
+  ++slab.live;
+  return true;
+}
+
+void Rebuild::place(const Key& key, const Found& found) {
+  const Entry& entry = found.entry;
+  const uint32_t number = found.kind == Found::Kind::Present ? store_.slot_of(entry) : kNone;
+  if (number == kNone || control_.intern_space(key.space()) == kNone ||
+      !take(number, store_.slot_bytes_for(entry.length))) {
+    bad_.push_back(key);
+    return;
+  }
+  Slot& slot = control_.slot(number);
+  const bool same = slot.generation == entry.generation &&
+                    std::memcmp(slot.hash, key.hash().data(), kHashBytes) == 0;
+  if (!same) slot.tick = slot.visited = 0;
+  occupy(number, key, State::Live);
+  slot.generation = entry.generation;
+  Header& header = control_.header();
+  ++header.pages;
+  header.bytes += control_.slot_bytes(number);
+  header.sequence = std::max(header.sequence, entry.sequence + 1);
+  placed_.push_back({entry.sequence, number, entry.parent});
+}
+
+void Rebuild::occupy(uint32_t number, const Key& key, State state) {
+  Slot& slot = control_.slot(number);
+  const uint32_t space = control_.intern_space(key.space());
+  std::memcpy(slot.hash, key.hash().data(), kHashBytes);
+  slot.space = static_cast<uint16_t>(space);
+  slot.state = state;
+  slot.queue = Queue::None;
+  slot.owner = 0;
+  slot.children = 0;
+  slot.pinned_until = 0;
+  slot.flags = 0;
+  Space& its = control_.space(space);
+  ++its.pages;
+  its.bytes += control_.slot_bytes(number);
+}
+
+void Rebuild::restore(const Held& held) {
+  if (!take(held.slot, held.slot_bytes)) return;  // the index says that a page is there
+  occupy(held.slot, held.key, State::Reserved);
+  control_.slot(held.slot).owner = held.owner;
+  ++control_.owner(held.owner).held;
+  ++control_.header().reserved;
+  control_.header().reserved_bytes += held.slot_bytes;
+}
+
+void Rebuild::count_child(const Index::Read& snapshot, const Placed& page) {
+  if (page.parent == 0) return;
+  const Key key = control_.key_of(page.slot);
+  const auto parent = snapshot.find_tag(key.space(), page.parent);
+  const uint32_t slot = parent ? store_.slot_of(parent->second) : kNone;
+  if (slot != kNone && control_.slot(slot).state == State::Live &&
+      control_.key_of(slot) == parent->first)
+    ++control_.slot(slot).children;
+  else
+    ++orphans_[Index::tagged(key.space(), page.parent)];
+}
+
+// What the index says of pages that are not here, and what it should.
+void Rebuild::look_for_leftovers(const Index::Read& snapshot) {
+  snapshot.walk_orphans([this](std::string_view parent, uint32_t count) {
+    const auto counted = orphans_.try_emplace(std::string(parent), 0).first;
+    if (counted->second == count) orphans_.erase(counted);
+  });
+  snapshot.walk_pins([&](const Key& key, uint32_t) {
+    if (snapshot.find(key).kind != Found::Kind::Present) bad_.push_back(key);
+  });
+}
+
+void Rebuild::read_pins_and_quotas(const Index::Read& snapshot) {
+  snapshot.walk_quotas([this](std::string_view space, uint64_t bytes) {
+    const uint32_t number = control_.intern_space(space);
+    if (number != kNone) control_.space(number).quota = bytes;
+  });
+  snapshot.walk_pins([&](const Key& key, uint32_t until) {
+    const Found found = snapshot.find(key);
+    const uint32_t slot = found.kind == Found::Kind::Present ? store_.slot_of(found.entry) : kNone;
+    if (slot != kNone) control_.slot(slot).pinned_until = until;
+  });
+}
+
+void Rebuild::fill_free_lists() {
+  for (uint32_t number = 0; number < control_.shape().slabs; ++number) {
+    if (control_.slab(number).kind == kNone) continue;
+    Class& kind = control_.kind(control_.slab(number).kind);
+    const uint32_t first = number * control_.shape().slots_per_slab;
+    for (uint32_t i = kind.slots; i-- > 0;)
+      if (control_.slot(first + i).state == State::Free)
+        control_.push_newest(kind.free, first + i, Queue::Free);
+  }
+}
+
+// In the order in which they came; what the tier below lacks is not known, so it is offered all.
+void Rebuild::line_up() {
+  std::sort(placed_.begin(), placed_.end(),
+            [](const Placed& a, const Placed& b) { return a.sequence < b.sequence; });
+  const Spill below = store_.options_.below;
+  for (const Placed& page : placed_) {
+    if (below == Spill::Now) {
+      store_.make_dirty(page.slot);
+      continue;
+    }
+    if (below != Spill::Never) control_.slot(page.slot).flags.fetch_or(kUnspilled);
+    store_.enlist(page.slot);
+  }
+}
+
+void Rebuild::mend_index() {
+  for (size_t i = 0; i < bad_.size(); i += kIndexBatch) {
+    Index::Write changes(store_.index_);
+    for (size_t j = i; j < std::min(bad_.size(), i + kIndexBatch); ++j) {
+      changes.erase(bad_[j]);
+      changes.set_pin(bad_[j], 0);
+    }
+    changes.commit();
+  }
+  for (auto it = orphans_.begin(); it != orphans_.end();) {
+    Index::Write changes(store_.index_);
+    for (size_t some = 0; some < kIndexBatch && it != orphans_.end(); ++some, ++it)
+      changes.set_orphans(it->first, it->second);
+    changes.commit();
+  }
+}
+
+}  // namespace lmcache

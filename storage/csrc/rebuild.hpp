@@ -1,0 +1,48 @@
+#pragma once
+
+#include <unordered_map>
+
+#include "slab_store.hpp"
+
+namespace lmcache {
+
+// One making anew. Under the mutex.
+class Rebuild {
+ public:
+  explicit Rebuild(SlabStore& store) : store_(store), control_(store.control_) {}
+  void run();
+
+ private:
+  struct Held {
+    uint32_t slot;
+    uint64_t slot_bytes;
+    Key key;
+    uint16_t owner;
+  };
+  struct Placed {
+    uint64_t sequence;
+    uint32_t slot;
+    Tag parent;
+  };
+
+  void remember_reservations();
+  void place(const Key& key, const Found& found);
+  bool take(uint32_t slot, uint64_t slot_bytes);
+  void occupy(uint32_t slot, const Key& key, State state);
+  void restore(const Held& held);
+  void count_child(const Index::Read& snapshot, const Placed& page);
+  void read_pins_and_quotas(const Index::Read& snapshot);
+  void fill_free_lists();
+  void line_up();
+  void look_for_leftovers(const Index::Read& snapshot);
+  void mend_index();
+
+  SlabStore& store_;
+  Control& control_;
+  std::vector<Held> held_;
+  std::vector<Placed> placed_;
+  std::vector<Key> bad_;
+  std::unordered_map<std::string, uint32_t> orphans_;  // by their parent, as the index names it
+};
+
+}  // namespace lmcache

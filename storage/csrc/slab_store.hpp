@@ -1,0 +1,254 @@
+// A store of pages on one medium: an index of what there is (index.hpp), a region of slots where it
+// lies (medium.hpp), and what processes share besides (control.hpp).
+//
+//   put   reserve slots -> write the data -> flush -> publish in the index
+//   get   look up -> copy -> the slot's generation is still the same, and the checksum holds
+//
+// Slots are reserved and published under the shared mutex; data moves under none. A slot is used
+// again only after the removal of its page is committed, and has another generation from then on.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "control.hpp"
+#include "index.hpp"
+#include "medium.hpp"
+#include "owners.hpp"
+#include "policy.hpp"
+
+namespace lmcache {
+
+// The values are those of Python's side (slab/tier.py).
+enum class Lookup : uint8_t { Hit, Miss, Corrupt, Failed, Late };
+enum class Stored : uint8_t { Stored, Present, Refused, Failed, Late, Damaged };
+
+// What the tier below is to get of the pages of a put.
+enum class Spill : uint8_t {
+  Never,    // it has them, or there is none
+  Now,      // write-through
+  OnEvict,  // write-back: when they would go from here
+  OnTouch,  // once they are used, or put again
+  Later,    // with the first of their descendants that is written
+};
+
+enum class MediumKind { File, Memory, None };
+
+struct StoreOptions {
+  std::string directory;  // holds index, region, control and owners
+  MediumKind medium = MediumKind::File;
+  bool alone = false;  // this process has the store to itself while it opens it
+  Shape shape{};
+  uint64_t index_bytes = 0;
+  uint64_t pages_most = 0;  // that the index has room for
+  Sync sync = Sync::Durable;
+  PolicyKind policy = PolicyKind::Sieve;
+  Spill below = Spill::Never;  // what the tier below is to get, of pages of which no more is known
+  unsigned threads = 2;
+  bool huge_pages = false;
+  DeviceOptions device{};
+  std::array<uint8_t, 16> id{};
+};
+
+struct Batch {
+  std::span<const Key> keys;
+  std::span<const std::span<const Segment>> pages;
+  std::span<const uint64_t> bytes;  // of each page
+};
+
+struct Counts {
+  uint64_t pages, bytes;              // live
+  uint64_t reserved, reserved_bytes;  // slots that are being written
+  uint64_t evicted;
+  uint64_t dirty_pages, dirty_bytes;  // that wait to be written below
+  uint64_t spilling_bytes;            // that are being written below
+  uint64_t lost;                      // given up for room before they were written below
+  uint64_t index_bytes, tree_bytes;
+};
+
+struct Check {
+  uint64_t pages = 0;
+  std::vector<Key> corrupt;
+  std::vector<std::string> problems;
+};
+
+// A page that is being written to the tier below, in place.
+struct Lent {
+  Key key;
+  uint32_t slot;
+  uint32_t generation;
+  Segment page;
+  uint64_t checksum;
+  Tag parent;
+};
+
+class SlabStore {
+ public:
+  explicit SlabStore(const StoreOptions& options);
+  ~SlabStore();
+  SlabStore(const SlabStore&) = delete;
+  SlabStore& operator=(const SlabStore&) = delete;
+
+  std::vector<bool> exists(std::span<const Key> keys);
+  std::vector<Lookup> get(const Batch& into, const Limits& limits);
+  // checksums: empty, or of each page as an upper tier knows it. parents: of each page.
+  std::vector<Stored> put(const Batch& batch, std::span<const uint64_t> checksums,
+                          std::span<const Tag> parents, Spill spill, const Limits& limits);
+  size_t remove(std::span<const Key> keys, Deadline deadline);
+  size_t clear(std::string_view space, Deadline deadline);
+
+  void pin(std::span<const Key> keys, uint32_t until, Deadline deadline);
+  void set_quota(std::string_view space, uint64_t bytes, Deadline deadline);
+  // Whether each page was read before, beyond the last time.
+  std::vector<bool> used_again(std::span<const Key> keys);
+
+  std::vector<Lent> lend(uint64_t bytes_most, Deadline deadline);
+  // Those of the pages that were forgotten meanwhile: the tier below must forget them too.
+  std::vector<Key> settle(std::span<const Lent> pages, std::span<const Stored> outcome,
+                          Deadline deadline);
+  size_t queue_unspilled(bool touched_only, uint64_t bytes_most, Deadline deadline);
+  uint32_t work_seen() { return control_.header().work.load(); }
+  bool wait_for_work(uint32_t seen, Deadline deadline);
+  void wake() { advance(control_.header().work); }
+  uint32_t room_seen() { return control_.header().room.load(); }
+  bool wait_for_room(uint32_t seen, Deadline deadline) {
+    return wait_while(control_.header().room, seen, deadline);
+  }
+
+  size_t sweep(Deadline deadline);  // frees what dead processes held; how many slots
+  Counts counts();
+  Check check(bool repair, const Limits& limits);
+  uint64_t damaged_at_open() const { return damaged_at_open_; }
+  std::string describe() const { return medium_->describe(); }
+  std::string pin_memory(const std::string& driver) { return medium_->pin(driver); }
+  Medium& medium() { return *medium_; }
+  uint64_t slot_bytes_for(uint64_t page_bytes) const;
+  const Shape& shape() const { return options_.shape; }
+
+ private:
+  friend class Rebuild;
+  friend class Inspection;
+  struct Job {
+    size_t page;  // of the batch
+    uint32_t slot;
+    uint32_t generation;
+    Stored outcome = Stored::Refused;
+  };
+  class Change;
+  class Eviction;
+  class Reservation;
+
+  uint32_t slot_of(const Entry& entry) const;
+  uint32_t tick() { return control_.header().clock.fetch_add(1) + 1; }
+  void touch(uint32_t slot, uint32_t now);
+
+  bool prepare_read(const Key& key, const Found& found, uint64_t bytes, Lookup& outcome) const;
+  std::vector<size_t> read_once(const Batch& into, std::span<const size_t> wanted,
+                                const Limits& limits, std::vector<Found>& found,
+                                std::vector<Lookup>& outcome, std::vector<uint32_t>& slots);
+  std::vector<Lookup> read(const Batch& into, const Limits& limits, std::vector<uint32_t>& slots);
+
+  std::vector<size_t> touch_present(const Batch& batch, std::span<const Tag> parents, uint32_t now,
+                                    Spill spill, Deadline deadline, std::vector<Stored>& outcome,
+                                    std::vector<uint32_t>& present);
+  void find_evicted(const Batch& batch, std::vector<Stored>& outcome);
+  void touch_parent(const Index::Read& snapshot, const Key& key, Tag parent, uint32_t now);
+  static void settle_duplicates(const Batch& batch, std::vector<Stored>& outcome);
+  uint64_t offset_of(const Job& job, const Batch& batch) const;
+  void write(std::span<Transfer> transfers, std::span<const uint64_t> checksums,
+             const Limits& limits, std::span<Job> jobs);
+  void reserve(const Batch& batch, std::span<const size_t> wanted,
+               std::span<const uint32_t> present, uint32_t now, const Limits& limits,
+               std::vector<Job>& jobs);
+  std::vector<Job> publish(std::span<const Job> written, const Batch& batch,
+                           std::span<const Transfer> transfers, std::span<const Tag> parents,
+                           Spill spill, uint32_t now, Deadline deadline);
+  std::vector<Job> publish_now(std::span<const Job> written, const Batch& batch,
+                               std::span<const Transfer> transfers, std::span<const Tag> parents,
+                               Spill spill, uint32_t now, Deadline deadline);
+  template <class Work>
+  auto patiently(Deadline deadline, const Work& work);
+  size_t remove_some(std::span<const Key> keys, Deadline deadline);
+  size_t clear_some(std::string_view space, Deadline deadline);
+  void check_pages(Check& report, const Limits& limits);
+  void check_some(std::span<const Key> keys, std::span<const uint64_t> bytes, uint64_t total,
+                  Check& report, const Limits& limits);
+
+  // All that follows is called under the mutex, within a Change.
+  void ensure_whole();
+  void rebuild();
+  size_t reserve_some(const Batch& batch, std::span<const size_t> wanted,
+                      std::span<const uint32_t> present, uint32_t now, bool force,
+                      std::vector<Job>& jobs);
+  uint32_t take_slot(uint64_t page_bytes, uint32_t space, uint32_t now, bool force,
+                     Eviction& eviction);
+  uint32_t kind_for(uint64_t slot_bytes);
+  bool make_room(uint32_t kind, uint32_t now, Eviction& eviction);
+  bool carve(uint32_t kind);
+  void empty(uint32_t slab);
+  void assign(uint32_t slab, uint32_t kind);
+  uint32_t rival_of(uint32_t kind, uint32_t now);
+  bool steal(uint32_t kind, uint32_t from, uint32_t now, Eviction& eviction);
+  std::optional<std::vector<uint32_t>> doomed_with(uint32_t slab, uint32_t now, Eviction& eviction);
+  bool add_descendants(std::vector<uint32_t>& doomed, uint32_t now, Eviction& eviction);
+  bool must_stay(const Slot& slot, uint32_t now) const;
+  bool evict_one(uint32_t kind, uint32_t now, Eviction& eviction);
+  bool evict_any(uint32_t now, Eviction& eviction);
+  bool evict_from_space(uint32_t space, uint32_t now, Eviction& eviction);
+  void evict(uint32_t slot, Eviction& eviction);
+  void drop(const Key& key, const Found& found, Index::Write& changes);
+  void count_out(uint32_t slot);
+
+  void reserve_slot(uint32_t slot, uint32_t space, const Key& key);
+  bool is_ours(const Job& job);
+  void release(const Job& job);
+  void end_reservation(uint32_t slot);
+  void free_slot(uint32_t slot);
+  size_t reclaim(uint16_t owner);
+  void hold(uint32_t slot);
+  void unhold(uint32_t slot);
+
+  void enlist(uint32_t slot);  // among those that may give way, if it may
+  void delist(uint32_t slot);  // out of whichever list it is in
+  bool may_give_way(const Slot& slot) const;
+  void make_dirty(uint32_t slot);
+  bool give_up_dirty();
+  bool settle_one(const Lent& page, Stored outcome);
+  void join_parent(const Key& key, Tag parent, Index::Write& changes);
+  void leave_parent(const Key& key, Tag parent, uint32_t last_used, Index::Write& changes);
+  void publish_one(Job& job, const Key& key, const Transfer& done, Tag parent,
+                   Index::Write& changes);
+  void bring_ancestors(const Key& key, Tag parent, const Index::Write& changes);
+  void go_live(uint32_t slot, Spill spill);
+
+  template <class Visit>
+  void for_each_slot(const Visit& visit) {
+    for (uint32_t number = 0; number < options_.shape.slabs; ++number) {
+      const Slab& slab = control_.slab(number);
+      if (slab.kind == kNone || slab.live == 0) continue;
+      const uint32_t first = number * options_.shape.slots_per_slab;
+      const uint32_t slots = control_.kind(slab.kind).slots;
+      for (uint32_t i = 0; i < slots; ++i) visit(first + i, control_.slot(first + i));
+    }
+  }
+
+  StoreOptions options_;
+  Index index_;
+  Control control_;
+  Owners owners_;
+  std::unique_ptr<Medium> medium_;
+  std::unique_ptr<Policy> policy_;
+  uint64_t damaged_at_open_ = 0;
+  bool rebuild_next_ = false;                // under the mutex
+  std::atomic<uint32_t> stalled_at_{kNone};  // value of `room` when a wait for it was in vain
+  std::mutex abandoned_lock_;
+  std::vector<std::pair<Lent, Stored>> unsettled_;  // pages lent, whose return had no lock in time
+  std::vector<Job> abandoned_;  // reservations whose release had no lock in time
+};
+
+}  // namespace lmcache

@@ -1,0 +1,63 @@
+"""Whatever happens to a store's files: right bytes or none, no crash, and check repairs what is left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from lmcache_sglang.testing import crash_script, damage_trials
+from lmcache_sglang.testing.damage_trials import KINDS, OLDER
+from lmcache_sglang.testing.small_store import SmallStore, here, put
+from lmcache_sglang.testing.store_process import Died, Job
+from lmcache_sglang.testing.tier_suite import at_once
+
+CAPACITY = 1 << 20
+CASES = 5_000  # on each medium
+AT_ONCE = 2
+IN_A_PROCESS = 500
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
+        yield Path(folder)
+
+
+def populated(store: SmallStore) -> tuple[dict[str, bytes], list[int]]:
+    """The files of a store, also as they were some changes ago; and the pages that are there."""
+    crash_script.fill(store, 6)
+    older = {OLDER + name: content for name, content in store.save().items()}
+    with store.opened() as tier:
+        put(tier, range(40, 60), [b""] * 20)
+        numbers = sorted(here(tier, crash_script.NUMBERS))
+    assert len(numbers) > 20
+    return older | store.save(), numbers
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_no_damage_gives_wrong_bytes_or_ends_the_process(folder: Path, memory: bool) -> None:
+    saved, numbers = populated(SmallStore(folder / "sound", memory, CAPACITY))
+    seen = Counter[str]()
+
+    def work(part: int) -> None:
+        place = folder / str(part)
+        place.mkdir()
+        store = SmallStore(place / "store", memory, CAPACITY)
+        for first in range(part * IN_A_PROCESS, CASES, AT_ONCE * IN_A_PROCESS):
+            cases = range(first, first + IN_A_PROCESS)
+            try:
+                seen.update(
+                    Job(
+                        damage_trials.try_cases, store, saved, numbers, cases, place / "last"
+                    ).result()
+                )
+            except Died as died:
+                pytest.fail(f"case {(place / 'last').read_text()} ended its process: {died}")
+
+    at_once(*(lambda part=part: work(part) for part in range(AT_ONCE)))
+    assert seen.total() == CASES
+    assert {kind.partition(":")[0] for kind in seen} == set(KINDS)
