@@ -57,6 +57,17 @@ timespec timespec_of(std::chrono::nanoseconds since) {
   return {static_cast<time_t>(count / 1'000'000'000), static_cast<long>(count % 1'000'000'000)};
 }
 
+int lock_until(pthread_mutex_t* mutex, Deadline deadline) {
+#ifdef __SANITIZE_THREAD__  // which, in GCC 12, does not know the other function
+  const auto until = std::chrono::system_clock::now() + (deadline - Clock::now());
+  const timespec realtime = timespec_of(until.time_since_epoch());
+  return pthread_mutex_timedlock(mutex, &realtime);
+#else
+  const timespec until = timespec_of(deadline.time_since_epoch());
+  return pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &until);
+#endif
+}
+
 template <class T>
 T& checked(T* table, uint32_t number, uint64_t count, const char* what) {
   if (number >= count) throw ControlDamaged(std::string("no such ") + what);
@@ -241,8 +252,7 @@ void Control::unlink(List& list, uint32_t number) {
 }
 
 Lock::Lock(Control& control, Deadline deadline) : mutex_(&control.header().mutex) {
-  const timespec until = timespec_of(deadline.time_since_epoch());
-  const int code = pthread_mutex_clocklock(mutex_, CLOCK_MONOTONIC, &until);
+  const int code = lock_until(mutex_, deadline);
   if (code == ETIMEDOUT)
     throw Failure(Reason::Busy, "another process did not finish its change of the store in time");
   if (code == EOWNERDEAD) {

@@ -40,6 +40,7 @@ enum Flag : uint8_t {
   kUnspilled = 2,  // the tier below does not have it, and nobody has asked to write it yet
   kOnce = 4,       // used since it came
   kAgain = 8,      // and once more
+  kHeld = 16,      // not for the tier below until one of its descendants is
 };
 
 struct Slot {
@@ -112,7 +113,7 @@ struct Header {
   uint64_t sequence;
   uint64_t pages, bytes;              // live
   uint64_t reserved, reserved_bytes;  // slots taken for pages that are not published yet
-  uint64_t evicted;
+  std::atomic<uint64_t> evicted;      // read without the mutex too
   uint64_t dirty_bytes, spilling_bytes;
   uint64_t lost;  // dirty pages given up for room
   List dirty;

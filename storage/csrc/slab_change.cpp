@@ -428,7 +428,7 @@ void SlabStore::delist(uint32_t number) {
 // Puts a live page among those that are to be written below.
 void SlabStore::make_dirty(uint32_t number) {
   Slot& slot = control_.slot(number);
-  slot.flags.fetch_and(static_cast<uint8_t>(~kUnspilled));
+  slot.flags.fetch_and(static_cast<uint8_t>(~(kUnspilled | kHeld)));
   if (slot.state != State::Live || slot.queue == Queue::Dirty || (slot.flags & kSpilling) != 0)
     return;
   delist(number);
@@ -503,8 +503,8 @@ std::vector<SlabStore::Job> SlabStore::publish_now(std::span<const Job> written,
       jobs[j].outcome = Stored::Refused;
     else if (jobs[j].outcome == Stored::Stored)
       publish_one(jobs[j], key, transfers[j], parents[jobs[j].page], changes);
-    if (jobs[j].outcome == Stored::Stored && spill == Spill::Now)
-      bring_ancestors(key, parents[jobs[j].page], changes);
+    if (jobs[j].outcome == Stored::Stored && spill != Spill::Never && spill != Spill::Later)
+      bring_ancestors(key, parents[jobs[j].page], spill, changes);
   }
   changes.commit();
   for (const Job& job : jobs) {
@@ -539,14 +539,26 @@ void SlabStore::publish_one(Job& job, const Key& key, const Transfer& done, Tag 
 }
 
 // A page is of no use below without its ancestors: those that were held back go there with it.
-void SlabStore::bring_ancestors(const Key& key, Tag parent, const Index::Write& changes) {
+void SlabStore::bring_ancestors(const Key& key, Tag parent, Spill spill,
+                                const Index::Write& changes) {
   while (parent != 0) {
     const auto found = changes.find_tag(key.space(), parent);
     const uint32_t number = found ? slot_of(found->second) : kNone;
-    if (number == kNone || (control_.slot(number).flags & kUnspilled) == 0) return;
-    make_dirty(number);
+    if (number == kNone) return;
+    Slot& slot = control_.slot(number);
+    if ((slot.flags & (spill == Spill::Now ? kUnspilled | kHeld : kHeld)) == 0) return;
+    if (spill == Spill::Now)
+      make_dirty(number);
+    else
+      admit(slot);
     parent = found->second.parent;
   }
+}
+
+// A page that was held back is from now on one that the tier below lacks.
+void SlabStore::admit(Slot& slot) {
+  slot.flags.fetch_or(kUnspilled);
+  slot.flags.fetch_and(static_cast<uint8_t>(~kHeld));
 }
 
 // A published page takes its place in the lists.
@@ -556,7 +568,7 @@ void SlabStore::go_live(uint32_t number, Spill spill) {
   ++control_.header().pages;
   control_.header().bytes += control_.slot_bytes(number);
   if (spill == Spill::Now) return make_dirty(number);
-  if (spill != Spill::Never) slot.flags.fetch_or(kUnspilled);
+  if (spill != Spill::Never) slot.flags.fetch_or(spill == Spill::Later ? kHeld : kUnspilled);
   enlist(number);
 }
 

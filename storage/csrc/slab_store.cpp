@@ -270,7 +270,9 @@ std::vector<size_t> SlabStore::touch_present(const Batch& batch, std::span<const
       outcome[i] = Stored::Present;
       present[i] = slot;
       touch(slot, absent.empty() ? now : now - 1);
-      if (control_.slot(slot).flags & kUnspilled) unspilled.push_back(slot);
+      if (spill == Spill::OnEvict && (control_.slot(slot).flags & kHeld))
+        admit(control_.slot(slot));
+      if (control_.slot(slot).flags & (kUnspilled | kHeld)) unspilled.push_back(slot);
     }
   }
   if (!unspilled.empty() && (spill == Spill::Now || spill == Spill::OnTouch)) {

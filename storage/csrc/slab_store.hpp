@@ -223,7 +223,8 @@ class SlabStore {
   void leave_parent(const Key& key, Tag parent, uint32_t last_used, Index::Write& changes);
   void publish_one(Job& job, const Key& key, const Transfer& done, Tag parent,
                    Index::Write& changes);
-  void bring_ancestors(const Key& key, Tag parent, const Index::Write& changes);
+  void bring_ancestors(const Key& key, Tag parent, Spill spill, const Index::Write& changes);
+  static void admit(Slot& slot);
   void go_live(uint32_t slot, Spill spill);
 
   template <class Visit>

@@ -100,10 +100,10 @@ def test_the_first_versions_store_stops_the_start_and_stays_as_it_was(
 
 
 def require_healed(tier: SlabTier) -> None:
-    """All that was asked for; the page with the end of the answer was not, and is as it was."""
+    """All that was read. Three pages were not: the prompt's last, the answer's, and SGLang's own."""
     report = tier.check()
     assert report.pages >= 0.95 * whole_pages(FIRST) // PAGE_SIZE
-    assert len(report.corrupt) <= 2
+    assert len(report.corrupt) <= 3
     assert not report.problems
 
 

@@ -319,6 +319,18 @@ def test_a_removal_that_was_cut_short_leaves_a_directory_that_can_be_used(
         assert tier.check().ok
 
 
+@pytest.mark.parametrize("name", [files.INDEX, files.CONTROL, files.INDEX_LOCK, files.OWNERS])
+def test_a_file_that_was_removed_by_hand_costs_no_more_than_what_it_held(
+    populated: SmallStore, name: str
+) -> None:
+    (populated.directory / name).unlink()
+    with populated.opened() as tier:
+        assert here(tier, PAGES) == (set() if name == files.INDEX else set(PAGES))
+        put(tier, PAGES)
+        assert get(tier, PAGES) == [Lookup.HIT] * len(PAGES)
+        assert tier.check().ok
+
+
 # A region that was shortened by hand.
 
 

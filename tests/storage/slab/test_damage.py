@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,8 +13,7 @@ import pytest
 from lmcache_sglang.testing import crash_script, damage_trials
 from lmcache_sglang.testing.damage_trials import KINDS, OLDER
 from lmcache_sglang.testing.small_store import SmallStore, here, put
-from lmcache_sglang.testing.store_process import Died, Job
-from lmcache_sglang.testing.tier_suite import at_once
+from lmcache_sglang.testing.store_process import Died, run
 
 CAPACITY = 1 << 20
 CASES = 5_000  # on each medium
@@ -41,23 +41,20 @@ def populated(store: SmallStore) -> tuple[dict[str, bytes], list[int]]:
 @pytest.mark.parametrize("memory", [True, False])
 def test_no_damage_gives_wrong_bytes_or_ends_the_process(folder: Path, memory: bool) -> None:
     saved, numbers = populated(SmallStore(folder / "sound", memory, CAPACITY))
-    seen = Counter[str]()
 
-    def work(part: int) -> None:
-        place = folder / str(part)
+    def work(part: int) -> Counter[str]:
+        place, seen = folder / str(part), Counter[str]()
         place.mkdir()
-        store = SmallStore(place / "store", memory, CAPACITY)
+        store, last = SmallStore(place / "store", memory, CAPACITY), place / "last"
         for first in range(part * IN_A_PROCESS, CASES, AT_ONCE * IN_A_PROCESS):
             cases = range(first, first + IN_A_PROCESS)
             try:
-                seen.update(
-                    Job(
-                        damage_trials.try_cases, store, saved, numbers, cases, place / "last"
-                    ).result()
-                )
+                seen += run(damage_trials.try_cases, store, saved, numbers, cases, last)
             except Died as died:
-                pytest.fail(f"case {(place / 'last').read_text()} ended its process: {died}")
+                pytest.fail(f"case {last.read_text()} ended its process: {died}")
+        return seen
 
-    at_once(*(lambda part=part: work(part) for part in range(AT_ONCE)))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        seen = sum(pool.map(work, range(AT_ONCE)), Counter[str]())
     assert seen.total() == CASES
     assert {kind.partition(":")[0] for kind in seen} == set(KINDS)

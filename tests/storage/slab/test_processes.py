@@ -21,7 +21,7 @@ from lmcache_sglang.testing.store_process import Job, run
 
 CRAMPED = 1 << 20
 ROOMY = 4 << 20
-SECONDS = 2.0
+SECONDS = 1.2
 
 
 @pytest.fixture

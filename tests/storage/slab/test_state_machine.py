@@ -249,5 +249,5 @@ def test_no_history_gives_wrong_bytes_or_loses_what_was_stored(
     machine = type("Case", (Machine,), {"memory": memory, "eviction": eviction})
     run_state_machine_as_test(
         machine,
-        settings=hypothesis_settings(max_examples=25, stateful_step_count=50, deadline=None),
+        settings=hypothesis_settings(max_examples=20, stateful_step_count=50, deadline=None),
     )
