@@ -4,7 +4,7 @@ VENV := .venv-sglang
 BIN := $(VENV)/bin
 CPP := $(wildcard kernels/csrc/*.[ch]pp storage/csrc/*.[ch]pp)
 
-.PHONY: help demo test test-quick lint format venv bench clean
+.PHONY: help demo test test-quick sanitize lint format venv bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +17,9 @@ test: venv ## all tests, real engines included
 
 test-quick: venv ## all tests that start no engine
 	$(BIN)/python -m pytest -m "not engine" $(ARGS)
+
+sanitize: venv ## the native tests under AddressSanitizer, UBSan and ThreadSanitizer (ARGS=asan or ARGS=tsan)
+	@.ci/sanitize.sh $(VENV) $(ARGS)
 
 lint: venv ## ruff, mypy --strict, import-linter, clang-format
 	@.ci/tools.sh $(VENV)
