@@ -273,8 +273,6 @@ void bind_failure(nb::module_& m) {
     } catch (const Failure& failure) {
       const nb::tuple about = nb::make_tuple(name_of(failure.reason), failure.what());
       PyErr_SetObject(type.ptr(), about.ptr());
-    } catch (const ControlDamaged& damage) {
-      PyErr_SetObject(type.ptr(), nb::make_tuple("corrupt", damage.what()).ptr());
     } catch (const std::system_error& error) {
       PyErr_SetObject(type.ptr(), nb::make_tuple("io", error.what()).ptr());
     }

@@ -100,7 +100,8 @@ enum Readiness : uint32_t { kMaking = 0, kWhole = 1, kBroken = 2 };
 struct Header {
   char magic[8];
   uint32_t version;
-  uint32_t policy;
+  uint32_t policy;  // this and the next two as the first process was told
+  uint32_t below, sync;
   uint8_t store[16];  // the store's own id
   uint8_t boot[16];   // of the machine's run: what a mutex's memory says is void after a reboot
   uint64_t slab_bytes;

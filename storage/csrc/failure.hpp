@@ -32,9 +32,9 @@ class Failure : public std::runtime_error {
 };
 
 // The volatile half of a store does not hold together; it is made anew from the index.
-class ControlDamaged : public std::runtime_error {
+class ControlDamaged : public Failure {
  public:
-  using std::runtime_error::runtime_error;
+  explicit ControlDamaged(const std::string& detail) : Failure(Reason::Corrupt, detail) {}
 };
 
 }  // namespace lmcache

@@ -41,7 +41,7 @@ void SlabStore::ensure_whole() {
 // move, they are given up for room.
 void SlabStore::reserve(const Batch& batch, std::span<const size_t> wanted,
                         std::span<const uint32_t> present, uint32_t now, const Limits& limits,
-                        std::vector<Job>& jobs) {
+                        bool patient, std::vector<Job>& jobs) {
   size_t done = 0;
   while (done < wanted.size()) {
     uint32_t seen;
@@ -54,7 +54,7 @@ void SlabStore::reserve(const Batch& batch, std::span<const size_t> wanted,
       return header.dirty.count != 0 || header.spilling_bytes != 0;
     });
     done = jobs.size();
-    if (done == wanted.size() || !may_wait) return;
+    if (done == wanted.size() || !may_wait || !patient) return;
     wake();
     if (stalled_at_ == seen || limits.passed()) return;
     if (!wait_for_room(seen, std::min(limits.deadline, Clock::now() + kRoomWait)))
@@ -278,13 +278,16 @@ bool SlabStore::evict_from_space(uint32_t space, uint32_t now, Eviction& evictio
   for (uint32_t number = 0; number < kClasses; ++number) {
     const Class& kind = control_.kind(number);
     if (kind.slabs == 0) continue;
-    for (const List* list : {&kind.small, &kind.main})
+    for (const List* list : {&kind.small, &kind.main}) {
+      uint64_t left = list->count;
       for (uint32_t at = list->oldest; at != kNone; at = control_.slot(at).prev) {
+        if (left-- == 0) throw ControlDamaged("a list leads in a circle");
         const Slot& slot = control_.slot(at);
         if (slot.space != space || must_stay(slot, now)) continue;
         evict(at, eviction);
         return true;
       }
+    }
   }
   return false;
 }
@@ -438,7 +441,9 @@ void SlabStore::make_dirty(uint32_t number) {
 
 // The tier below does not take pages: the oldest leaf that waits for it may go without.
 bool SlabStore::give_up_dirty() {
+  uint64_t left = control_.header().dirty.count;
   for (uint32_t at = control_.header().dirty.oldest; at != kNone; at = control_.slot(at).prev) {
+    if (left-- == 0) throw ControlDamaged("a list leads in a circle");
     if (control_.slot(at).children != 0) continue;
     delist(at);
     ++control_.header().lost;

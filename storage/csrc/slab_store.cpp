@@ -26,6 +26,30 @@ std::unique_ptr<Medium> open_medium(const StoreOptions& options) {
   return memory_medium(region, options.shape.region_bytes(), options.threads, options.huge_pages);
 }
 
+// What all processes must do alike is decided by the first. It trusts nothing that the last
+// process, or bad luck, left in the control block.
+const StoreOptions& agree(StoreOptions& options, Control& control) {
+  uint8_t id[16];
+  std::memcpy(id, options.id.data(), sizeof id);
+  Header& header = control.header();
+  if (options.alone) {
+    control.format(id, static_cast<uint32_t>(options.policy));
+    header.below = static_cast<uint32_t>(options.below);
+    header.sync = static_cast<uint32_t>(options.sync);
+    header.ready = kBroken;
+    return options;
+  }
+  if (!control.usable(id))
+    throw Failure(
+        Reason::Busy,
+        "another process has not finished making the store, or is of another version of this "
+        "package; stop the engines of the other version first");
+  options.policy = static_cast<PolicyKind>(header.policy);
+  options.below = static_cast<Spill>(header.below);
+  options.sync = static_cast<Sync>(header.sync);
+  return options;
+}
+
 Stored stored_of(int error) { return error == ECANCELED ? Stored::Late : Stored::Failed; }
 Lookup lookup_of(int error) { return error == ECANCELED ? Lookup::Late : Lookup::Failed; }
 
@@ -33,21 +57,11 @@ Lookup lookup_of(int error) { return error == ECANCELED ? Lookup::Late : Lookup:
 
 SlabStore::SlabStore(const StoreOptions& options)
     : options_(options),
-      index_(index_options(options)),
       control_(options.directory + "/control", options.shape),
+      index_(index_options(agree(options_, control_))),
       owners_(options.directory + "/owners"),
-      medium_(open_medium(options)),
-      policy_(make_policy(options.policy, control_)) {
-  uint8_t id[16];
-  std::memcpy(id, options.id.data(), sizeof id);
-  // Who comes first trusts nothing that the last process, or bad luck, left there.
-  if (options.alone) {
-    control_.format(id, static_cast<uint32_t>(options.policy));
-    control_.header().ready = kBroken;
-  } else if (!control_.usable(id)) {
-    throw Failure(Reason::Busy,
-                  "another process has not finished making the store, or is of another version");
-  }
+      medium_(open_medium(options_)),
+      policy_(make_policy(options_.policy, control_)) {
   const Change change(*this, Clock::now() + kAttachWait);
   if (owners_.self() != 0 && control_.owner(owners_.self()).held != 0) reclaim(owners_.self());
 }
@@ -202,7 +216,8 @@ std::vector<Stored> SlabStore::put(const Batch& batch, std::span<const uint64_t>
   if (absent.empty()) return outcome;
   Reservation reservation(*this);
   const uint64_t evicted_before = control_.header().evicted;
-  reserve(batch, absent, present, now, limits, reservation.jobs);
+  // Pages that come up from below are not worth waiting for: who reads them has them already.
+  reserve(batch, absent, present, now, limits, spill != Spill::Never, reservation.jobs);
   std::vector<Transfer> transfers;
   for (const Job& job : reservation.jobs)
     transfers.push_back({offset_of(job, batch), batch.bytes[job.page], batch.pages[job.page],

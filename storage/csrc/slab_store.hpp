@@ -163,7 +163,7 @@ class SlabStore {
   void write(std::span<Transfer> transfers, std::span<const uint64_t> checksums,
              const Limits& limits, std::span<Job> jobs);
   void reserve(const Batch& batch, std::span<const size_t> wanted,
-               std::span<const uint32_t> present, uint32_t now, const Limits& limits,
+               std::span<const uint32_t> present, uint32_t now, const Limits& limits, bool patient,
                std::vector<Job>& jobs);
   std::vector<Job> publish(std::span<const Job> written, const Batch& batch,
                            std::span<const Transfer> transfers, std::span<const Tag> parents,
@@ -239,8 +239,8 @@ class SlabStore {
   }
 
   StoreOptions options_;
-  Index index_;
   Control control_;
+  Index index_;
   Owners owners_;
   std::unique_ptr<Medium> medium_;
   std::unique_ptr<Policy> policy_;

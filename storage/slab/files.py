@@ -35,7 +35,15 @@ IN_USE = "in-use"
 KEEPER = "keeper"
 SWEEPER = "sweeper"
 
-OWN = (CONTROL, INDEX, INDEX_LOCK, REGION, OWNERS)  # what goes when a store could not be made
+OWN = (
+    CONTROL,
+    INDEX,
+    INDEX_LOCK,
+    REGION,
+    OWNERS,
+    KEEPER,
+    SWEEPER,
+)  # what goes when a store could not be made
 
 _CHUNK = 256 << 20
 _SAY_EVERY_SECONDS = 5.0
@@ -45,7 +53,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 
 def require_empty(directory: Path, setting: str) -> None:
     """Raise unless nothing of ours, nor of another program's by our names, is in the directory."""
-    for name in (INDEX, REGION, CONTROL):
+    for name in OWN:
         if (directory / name).exists() and not (directory / f"{heads.FILE}.new").exists():
             raise ConfigError(
                 setting,

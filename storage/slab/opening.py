@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import stat
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -26,6 +28,7 @@ from .settings import SlabSettings
 
 logger = logging.getLogger(__name__)
 
+SHARED_PREFIX = "lmcache-sglang-"  # of the directory in shared memory that holds a user's stores
 PROBE_SECONDS = 60.0  # longest look at an index
 
 EXPECTED = probe.Expected(
@@ -114,6 +117,25 @@ def _make_directory(place: Place) -> None:
         raise ConfigError(setting, f"{path} is a file; give a directory") from error
     except OSError as error:
         raise ConfigError(setting, f"cannot make the directory {path}: {error.strerror}") from error
+    _require_trusted(place)
+
+
+def _require_trusted(place: Place) -> None:
+    """Who can write here can give us pages, and a checksum is no proof of who wrote them."""
+    shared = place.memory and place.directory.parent.name.startswith(SHARED_PREFIX)
+    for path in (place.directory, place.directory.parent) if shared else (place.directory,):
+        status = path.stat()
+        if status.st_uid not in (0, os.geteuid()):
+            owner = f"user {status.st_uid}"
+        elif status.st_mode & stat.S_IWOTH:
+            owner = "everybody"
+        else:
+            continue
+        raise ConfigError(
+            place.path_setting,
+            f"{path} can be written to by {owner}, who could put pages there; give a directory that only "
+            "the engine's user can write to",
+        )
 
 
 def _open_alone(

@@ -498,3 +498,31 @@ def test_processes_that_start_together_make_one_store(tiers: TwoTiers, tmp_path:
         assert all(report.ok for report in chain.check().values())
     for job in jobs:
         job.kill()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o702])
+def test_a_directory_that_others_can_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    store = SmallStore(tmp_path / "store", False, SIZE)
+    store.directory.mkdir()
+    store.directory.chmod(mode)
+    with refused("path", store.directory, "can be written to by everybody"):
+        store.open()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    store = SmallStore(tmp_path / "store", False, SIZE)
+    store.directory.mkdir()
+    os.chown(store.directory, 65534, -1)
+    with refused("path", store.directory, "can be written to by user 65534"):
+        store.open()
+
+
+@pytest.mark.parametrize("name", ["owners", "index-lock", "keeper", "sweeper"])
+def test_another_programs_small_files_are_refused_too(tmp_path: Path, name: str) -> None:
+    store = SmallStore(tmp_path / "store", False, SIZE)
+    store.directory.mkdir()
+    (store.directory / name).write_text("not yours")
+    with refused("path", store.directory, "is no store's"):
+        store.open()
+    assert (store.directory / name).read_text() == "not yours"
