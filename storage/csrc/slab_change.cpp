@@ -12,7 +12,8 @@ namespace lmcache {
 namespace {
 
 constexpr auto kRoomWait =
-    std::chrono::seconds(2);    // longest wait for the tier below to take pages
+    std::chrono::seconds(2);  // longest wait for the tier below to take pages
+constexpr uint64_t kQueuedMost = 64 << 20;
 constexpr uint32_t kOlder = 2;  // a slab changes class when its pages are so many times older
 
 uint32_t seconds_now() { return static_cast<uint32_t>(std::time(nullptr)); }
@@ -199,7 +200,17 @@ bool SlabStore::steal(uint32_t kind, uint32_t from, uint32_t now, Eviction& evic
     assign(number, kind);
     return true;
   }
+  if (options_.below == Spill::OnEvict) queue_slab(preferred);
   return false;
+}
+
+// Write-back: once its pages are below, the slab can be taken.
+void SlabStore::queue_slab(uint32_t number) {
+  const Slab& slab = control_.slab(number);
+  if (slab.kind == kNone) return;
+  const uint32_t first = number * options_.shape.slots_per_slab;
+  for (uint32_t i = 0; i < control_.kind(slab.kind).slots; ++i)
+    if (control_.slot(first + i).flags & kUnspilled) make_dirty(first + i);
 }
 
 // The pages of a slab and all their descendants, wherever they lie; nothing when one of them must
@@ -249,7 +260,13 @@ bool SlabStore::must_stay(const Slot& slot, uint32_t now) const {
          (options_.below == Spill::OnEvict && (slot.flags & kUnspilled) != 0);
 }
 
+// Write-back: how much is sent below at a time when pages are to go.
+uint64_t SlabStore::queued_at_once() const {
+  return std::min(kQueuedMost, options_.shape.region_bytes() / 16);
+}
+
 bool SlabStore::evict_one(uint32_t kind, uint32_t now, Eviction& eviction) {
+  uint64_t queued = 0;
   Class& its = control_.kind(kind);
   const uint32_t seconds = seconds_now();
   const auto keep = [&](const Slot& slot) {
@@ -260,6 +277,9 @@ bool SlabStore::evict_one(uint32_t kind, uint32_t now, Eviction& eviction) {
     if (slot == kNone) return false;
     if (options_.below == Spill::OnEvict && (control_.slot(slot).flags & kUnspilled) != 0) {
       make_dirty(slot);
+      queued += control_.slot_bytes(slot);
+      if (queued >= queued_at_once())
+        return false;  // soon clean: whoever wants room waits for them
       continue;
     }
     evict(slot, eviction);

@@ -458,7 +458,11 @@ bool SlabStore::settle_one(const Lent& page, Stored outcome) {
     return true;
   }
   if (outcome == Stored::Failed || outcome == Stored::Refused) slot.flags.fetch_or(kUnspilled);
-  enlist(page.slot);
+  // Written back because it was to go, it goes first.
+  if (options_.below == Spill::OnEvict && may_give_way(slot))
+    policy_->restore(control_.kind_of(page.slot), page.slot);
+  else
+    enlist(page.slot);
   return true;
 }
 

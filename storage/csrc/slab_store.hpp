@@ -198,6 +198,8 @@ class SlabStore {
   bool add_descendants(std::vector<uint32_t>& doomed, uint32_t now, Eviction& eviction);
   bool must_stay(const Slot& slot, uint32_t now) const;
   bool evict_one(uint32_t kind, uint32_t now, Eviction& eviction);
+  uint64_t queued_at_once() const;
+  void queue_slab(uint32_t slab);
   bool evict_any(uint32_t now, Eviction& eviction);
   bool evict_from_space(uint32_t space, uint32_t now, Eviction& eviction);
   void evict(uint32_t slot, Eviction& eviction);
