@@ -84,6 +84,8 @@ struct Space {
   uint64_t pages;  // live or reserved
   uint64_t bytes;  // of their slots
   uint64_t quota;  // 0: none
+  uint32_t tick;   // of the batch that put a page there last
+  uint32_t spare;
 };
 
 struct Owner {

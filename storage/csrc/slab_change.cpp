@@ -73,7 +73,7 @@ size_t SlabStore::reserve_some(const Batch& batch, std::span<const size_t> wante
   for (const size_t page : wanted) {
     for (; kept < page; ++kept)
       if (present[kept] != kNone) control_.slot(present[kept]).tick = now;
-    const uint32_t space = control_.intern_space(batch.keys[page].space());
+    const uint32_t space = number_of_space(batch.keys[page].space(), now, eviction);
     const uint32_t slot =
         space == kNone ? kNone : take_slot(batch.bytes[page], space, now, force, eviction);
     if (slot == kNone) break;
@@ -87,6 +87,38 @@ size_t SlabStore::reserve_some(const Batch& batch, std::span<const size_t> wante
   for (size_t j = jobs.size() - done; j < jobs.size(); ++j)
     jobs[j].generation = control_.slot(jobs[j].slot).generation.fetch_add(1) + 1;
   return done;
+}
+
+// The namespace's number. There are only so many: the one put to longest ago makes way, as a whole.
+uint32_t SlabStore::number_of_space(std::string_view name, uint32_t now, Eviction& eviction) {
+  uint32_t number = control_.intern_space(name);
+  if (number == kNone) {
+    uint32_t oldest = kNone;
+    for (uint32_t i = 0; i < kSpaces; ++i) {
+      const Space& it = control_.space(i);
+      if (it.quota == 0 && (oldest == kNone || now - it.tick > now - control_.space(oldest).tick))
+        oldest = i;
+    }
+    if (oldest == kNone) return kNone;
+    forget_space(oldest, eviction);
+    number = control_.intern_space(name);
+  }
+  if (number != kNone) control_.space(number).tick = now;
+  return number;
+}
+
+void SlabStore::forget_space(uint32_t number, Eviction& eviction) {
+  const std::string name(reinterpret_cast<const char*>(control_.space(number).name),
+                         kNamespaceBytes);
+  for (;;) {
+    const auto pages = eviction.changes().in_space(name, kIndexBatch);
+    for (const auto& [key, found] : pages) {
+      drop(key, found, eviction.changes());
+      ++control_.header().evicted;
+      eviction.count_one();
+    }
+    if (pages.size() < kIndexBatch) return;
+  }
 }
 
 uint32_t SlabStore::take_slot(uint64_t page_bytes, uint32_t space, uint32_t now, bool force,

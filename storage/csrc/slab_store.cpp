@@ -374,10 +374,12 @@ void SlabStore::pin(std::span<const Key> keys, uint32_t until, Deadline deadline
 void SlabStore::set_quota(std::string_view space, uint64_t bytes, Deadline deadline) {
   patiently(deadline, [&] {
     const Change change(*this, deadline);
-    const uint32_t number = control_.intern_space(space);
-    Index::Write changes(index_);
-    changes.set_quota(space, bytes);
-    changes.commit();
+    Eviction eviction(index_);
+    const uint32_t number = number_of_space(space, tick(), eviction);
+    if (number == kNone)
+      throw Failure(Reason::Full, "every namespace that the store has room for has a quota");
+    eviction.changes().set_quota(space, bytes);
+    eviction.commit();
     control_.space(number).quota = bytes;
   });
 }

@@ -185,6 +185,8 @@ class SlabStore {
   size_t reserve_some(const Batch& batch, std::span<const size_t> wanted,
                       std::span<const uint32_t> present, uint32_t now, bool force,
                       std::vector<Job>& jobs);
+  uint32_t number_of_space(std::string_view name, uint32_t now, Eviction& eviction);
+  void forget_space(uint32_t number, Eviction& eviction);
   uint32_t take_slot(uint64_t page_bytes, uint32_t space, uint32_t now, bool force,
                      Eviction& eviction);
   uint32_t kind_for(uint64_t slot_bytes);
