@@ -30,6 +30,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError
+from .storage.slab import files
 
 ENVIRONMENT = "LMCACHE_SGLANG_CONFIG"
 
@@ -171,7 +172,7 @@ class DiskConfig(_Section):
 def _room(path: Path, setting: str) -> tuple[int, int]:
     """Bytes that a store there was made with, and bytes that are free beside it."""
     try:
-        taken = _allocated(path)
+        taken = files.allocated(path)
         return taken and taken + UNUSED_MOST, _free(path)
     except OSError as error:
         raise ConfigError(setting, f"cannot look at {path}: {error.strerror}") from error
@@ -183,11 +184,6 @@ def _free(path: Path) -> int:
 
 def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def _allocated(path: Path) -> int:
-    """Bytes that the files of a directory take; 0 when it is not there."""
-    return sum(file.stat().st_blocks * 512 for file in path.glob("*") if file.is_file())
 
 
 def _default_path() -> Path:

@@ -154,7 +154,7 @@ class Chain:
             for i in hits:
                 held[i] = True
             if tier is self._lower and self._upper is not None and hits:
-                self._promote(hits, keys, into, parent)
+                self._promote(hits, keys, into, parent, limits)
         return held
 
     def _get_from(
@@ -177,7 +177,12 @@ class Chain:
         return [i for i, o in zip(wanted, outcome, strict=True) if o is Lookup.HIT]
 
     def _promote(
-        self, hits: list[int], keys: Sequence[bytes], into: PageSegments, parent: bytes
+        self,
+        hits: list[int],
+        keys: Sequence[bytes],
+        into: PageSegments,
+        parent: bytes,
+        limits: Limits,
     ) -> None:
         upper, lower = self._upper, self._lower
         assert upper is not None and lower is not None
@@ -197,7 +202,7 @@ class Chain:
             into.select(hits),
             None,
             parents,
-            NO_LIMITS,
+            limits,
             Below.NEVER,
         )
 

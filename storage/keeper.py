@@ -112,6 +112,10 @@ class Keeper:
         try:
             self._run_until_stopped()
         finally:  # also after a mistake of ours: another process goes on
+            if not self._stop.is_set():
+                logger.error(
+                    "lmcache: the background thread ended; only other processes write below"
+                )
             self.elected.clear()
             os.close(self._lock)
 

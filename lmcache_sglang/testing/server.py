@@ -127,11 +127,14 @@ class SGLangServer:
             else:
                 return
 
+    def _variables(self) -> list[str]:
+        """Put before the command, so that the rest of the environment is inherited unread."""
+        return ["env", *(f"{name}={value}" for name, value in self._env.items())]
+
     def _start(self, timeout: float, on_wait: Callable[[float], None] | None) -> None:
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [*self._command, "--port", str(self.port)],
-                env=os.environ | self._env,
+                [*self._variables(), *self._command, "--port", str(self.port)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

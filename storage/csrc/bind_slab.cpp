@@ -20,6 +20,10 @@ namespace {
 
 using namespace lmcache;
 
+// For calls whose arguments and answer are plain numbers and text.
+using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+constexpr Unlocked kUnlocked;
+
 Deadline deadline_in(double seconds) {
   const double most = 365.0 * 24 * 3600;
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(
@@ -308,42 +312,33 @@ void bind_slab(nb::module_& m) {
       .def(
           "queue_unspilled",
           [](SlabStore& store, bool touched_only, uint64_t bytes_most, double seconds) {
-            nb::gil_scoped_release unlocked;
             return store.queue_unspilled(touched_only, bytes_most, deadline_in(seconds));
           },
-          "touched_only"_a, "bytes_most"_a, "seconds"_a)
+          "touched_only"_a, "bytes_most"_a, "seconds"_a, kUnlocked)
       .def(
           "sweep",
-          [](SlabStore& store, double seconds) {
-            nb::gil_scoped_release unlocked;
-            return store.sweep(deadline_in(seconds));
-          },
-          "seconds"_a)
+          [](SlabStore& store, double seconds) { return store.sweep(deadline_in(seconds)); },
+          "seconds"_a, kUnlocked)
       .def("work_seen", &SlabStore::work_seen)
       .def("wake", &SlabStore::wake)
       .def(
           "wait_for_work",
           [](SlabStore& store, uint32_t seen, double seconds) {
-            nb::gil_scoped_release unlocked;
             return store.wait_for_work(seen, deadline_in(seconds));
           },
-          "seen"_a, "seconds"_a)
+          "seen"_a, "seconds"_a, kUnlocked)
       .def("room_seen", &SlabStore::room_seen)
       .def(
           "wait_for_room",
           [](SlabStore& store, uint32_t seen, double seconds) {
-            nb::gil_scoped_release unlocked;
             return store.wait_for_room(seen, deadline_in(seconds));
           },
-          "seen"_a, "seconds"_a)
+          "seen"_a, "seconds"_a, kUnlocked)
       .def("describe", &SlabStore::describe)
       .def(
           "pin_memory",
-          [](SlabStore& store, const std::string& driver) {
-            nb::gil_scoped_release unlocked;
-            return store.pin_memory(driver);
-          },
-          "driver"_a)
+          [](SlabStore& store, const std::string& driver) { return store.pin_memory(driver); },
+          "driver"_a, kUnlocked)
       .def("damaged_at_open", &SlabStore::damaged_at_open);
   m.def(
       "control_bytes",

@@ -18,7 +18,8 @@ class SlabStore::Change {
   Change(SlabStore& store, Deadline deadline)
       : store_(store), lock_(store.control_, deadline), header_(store.control_.header()) {
     store.ensure_whole();
-    header_.ready = kBroken;
+    header_.ready = kBroken;  // stays so when what follows throws
+    store.settle_left_over();
   }
   ~Change() {
     const bool whole = std::uncaught_exceptions() == exceptions_ && !store_.rebuild_next_;

@@ -22,18 +22,19 @@ uint32_t seconds_now() { return static_cast<uint32_t>(std::time(nullptr)); }
 
 void SlabStore::ensure_whole() {
   if (control_.header().ready.load() == kBroken) rebuild();
-  std::vector<Job> left;
+}
+
+// What this process could not give back in time when it was done with it.
+void SlabStore::settle_left_over() {
+  std::vector<Job> jobs;
+  std::vector<std::pair<Lent, Stored>> pages;
   {
     const std::lock_guard guard(abandoned_lock_);
-    left.swap(abandoned_);
+    jobs.swap(abandoned_);
+    pages.swap(unsettled_);
   }
-  for (const Job& job : left) release(job);
-  std::vector<std::pair<Lent, Stored>> unsettled;
-  {
-    const std::lock_guard guard(abandoned_lock_);
-    unsettled.swap(unsettled_);
-  }
-  for (const auto& [page, outcome] : unsettled) settle_one(page, outcome);
+  for (const Job& job : jobs) release(job);
+  for (const auto& [page, outcome] : pages) settle_one(page, outcome);
 }
 
 // Reserves slots for the wanted pages, the first ones first. Of the batch's pages that are present
@@ -225,7 +226,7 @@ bool SlabStore::steal(uint32_t kind, uint32_t from, uint32_t now, Eviction& evic
     if (control_.slab(number).kind != from) continue;
     const auto doomed = doomed_with(number, now, eviction);
     if (!doomed) continue;
-    for (const uint32_t slot : *doomed) evict(slot, eviction);
+    evict_leaves_first(*doomed, eviction);
     if (control_.slab(number).live != 0)
       return false;  // a damaged entry: rebuilt after this change
     empty(number);
@@ -243,6 +244,28 @@ void SlabStore::queue_slab(uint32_t number) {
   const uint32_t first = number * options_.shape.slots_per_slab;
   for (uint32_t i = 0; i < control_.kind(slab.kind).slots; ++i)
     if (control_.slot(first + i).flags & kUnspilled) make_dirty(first + i);
+}
+
+// So that nobody sees a page without its ancestors, not even between two commits. Children have
+// mostly come after their parents, so one round mostly does.
+void SlabStore::evict_leaves_first(std::vector<uint32_t> slots, Eviction& eviction) {
+  std::unordered_map<uint32_t, uint64_t> came;
+  for (const uint32_t slot : slots)
+    came[slot] = eviction.changes().find(control_.key_of(slot)).entry.sequence;
+  std::sort(slots.begin(), slots.end(), [&](uint32_t a, uint32_t b) { return came[a] > came[b]; });
+  while (!slots.empty()) {
+    std::vector<uint32_t> parents;
+    for (const uint32_t slot : slots)
+      if (control_.slot(slot).children != 0)
+        parents.push_back(slot);
+      else
+        evict(slot, eviction);
+    if (parents.size() == slots.size()) {  // a caller named them each other's parents
+      evict(parents.back(), eviction);
+      parents.pop_back();
+    }
+    slots.swap(parents);
+  }
 }
 
 // The pages of a slab and all their descendants, wherever they lie; nothing when one of them must

@@ -138,8 +138,7 @@ std::vector<Lookup> SlabStore::read(const Batch& into, const Limits& limits,
 }
 
 // Whether there is something to read; otherwise `outcome` says what became of the page.
-bool SlabStore::prepare_read(const Key&, const Found& found, uint64_t bytes,
-                             Lookup& outcome) const {
+bool SlabStore::prepare_read(const Found& found, uint64_t bytes, Lookup& outcome) const {
   outcome = found.kind == Found::Kind::Absent ? Lookup::Miss : Lookup::Corrupt;
   return found.kind == Found::Kind::Present && found.entry.length == bytes &&
          slot_of(found.entry) != kNone;
@@ -158,7 +157,7 @@ std::vector<size_t> SlabStore::read_once(const Batch& into, std::span<const size
     for (const size_t i : wanted) found[i] = snapshot.find(into.keys[i]);
   }
   for (const size_t i : wanted) {
-    if (!prepare_read(into.keys[i], found[i], into.bytes[i], outcome[i])) continue;
+    if (!prepare_read(found[i], into.bytes[i], outcome[i])) continue;
     const Entry& entry = found[i].entry;
     if (control_.slot(slot_of(entry)).generation.load() != entry.generation) {
       stale.push_back(i);
@@ -211,13 +210,13 @@ std::vector<Stored> SlabStore::put(const Batch& batch, std::span<const uint64_t>
                                    const Limits& limits) {
   std::vector<Stored> outcome(batch.keys.size(), Stored::Refused);
   const uint32_t now = tick();
-  std::vector<uint32_t> present;
-  const auto absent = touch_present(batch, parents, now, spill, limits.deadline, outcome, present);
-  if (absent.empty()) return outcome;
+  Sorted sorted = sort(batch, parents, now, spill, limits.deadline, outcome);
+  if (sorted.absent.empty()) return outcome;
   Reservation reservation(*this);
   const uint64_t evicted_before = control_.header().evicted;
   // Pages that come up from below are not worth waiting for: who reads them has them already.
-  reserve(batch, absent, present, now, limits, spill != Spill::Never, reservation.jobs);
+  reserve(batch, sorted.absent, sorted.present, now, limits, spill != Spill::Never,
+          reservation.jobs);
   std::vector<Transfer> transfers;
   for (const Job& job : reservation.jobs)
     transfers.push_back({offset_of(job, batch), batch.bytes[job.page], batch.pages[job.page],
@@ -228,7 +227,8 @@ std::vector<Stored> SlabStore::put(const Batch& batch, std::span<const uint64_t>
   reservation.jobs.clear();
   for (const Job& job : jobs) outcome[job.page] = job.outcome;
   if (control_.header().evicted != evicted_before) find_evicted(batch, outcome);
-  settle_duplicates(batch, outcome);
+  for (const auto& [later, first] : sorted.twins)
+    outcome[later] = outcome[first] == Stored::Stored ? Stored::Present : outcome[first];
   return outcome;
 }
 
@@ -252,24 +252,11 @@ void SlabStore::find_evicted(const Batch& batch, std::vector<Stored>& outcome) {
       outcome[i] = Stored::Refused;
 }
 
-// A page twice in a batch is one page: its later places say what became of the first.
-void SlabStore::settle_duplicates(const Batch& batch, std::vector<Stored>& outcome) {
-  std::unordered_map<Key, size_t, KeyHash> first;
-  for (size_t i = 0; i < batch.keys.size(); ++i) {
-    const auto [place, fresh] = first.try_emplace(batch.keys[i], i);
-    if (fresh) continue;
-    const Stored was = outcome[place->second];
-    outcome[i] = was == Stored::Stored ? Stored::Present : was;
-  }
-}
-
-// Counts a use of the pages that are here, and says in which slots; the others, each once.
-std::vector<size_t> SlabStore::touch_present(const Batch& batch, std::span<const Tag> parents,
-                                             uint32_t now, Spill spill, Deadline deadline,
-                                             std::vector<Stored>& outcome,
-                                             std::vector<uint32_t>& present) {
-  present.assign(batch.keys.size(), kNone);
-  std::vector<size_t> absent;
+// Which pages of a batch are here, counting a use of each, and which are not.
+SlabStore::Sorted SlabStore::sort(const Batch& batch, std::span<const Tag> parents, uint32_t now,
+                                  Spill spill, Deadline deadline, std::vector<Stored>& outcome) {
+  Sorted sorted;
+  sorted.present.assign(batch.keys.size(), kNone);
   std::vector<uint32_t> unspilled;
   std::unordered_map<Key, size_t, KeyHash> seen;
   {
@@ -278,13 +265,17 @@ std::vector<size_t> SlabStore::touch_present(const Batch& batch, std::span<const
       const Found found = snapshot.find(batch.keys[i]);
       const uint32_t slot = found.kind == Found::Kind::Present ? slot_of(found.entry) : kNone;
       if (slot == kNone) {
-        if (seen.try_emplace(batch.keys[i], i).second) absent.push_back(i);
+        const auto [first, fresh] = seen.try_emplace(batch.keys[i], i);
+        if (fresh)
+          sorted.absent.push_back(i);
+        else
+          sorted.twins.emplace_back(i, first->second);
         touch_parent(snapshot, batch.keys[i], parents[i], now);
         continue;
       }
       outcome[i] = Stored::Present;
-      present[i] = slot;
-      touch(slot, absent.empty() ? now : now - 1);
+      sorted.present[i] = slot;
+      touch(slot, sorted.absent.empty() ? now : now - 1);
       if (spill == Spill::OnEvict && (control_.slot(slot).flags & kHeld))
         admit(control_.slot(slot));
       if (control_.slot(slot).flags & (kUnspilled | kHeld)) unspilled.push_back(slot);
@@ -295,7 +286,7 @@ std::vector<size_t> SlabStore::touch_present(const Batch& batch, std::span<const
     for (const uint32_t slot : unspilled) make_dirty(slot);
     wake();
   }
-  return absent;
+  return sorted;
 }
 
 // So that it is not what gives way for its own child.

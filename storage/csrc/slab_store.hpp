@@ -139,6 +139,11 @@ class SlabStore {
     uint32_t generation;
     Stored outcome = Stored::Refused;
   };
+  struct Sorted {
+    std::vector<size_t> absent;                    // each key once
+    std::vector<uint32_t> present;                 // the slot of each page; kNone: not here
+    std::vector<std::pair<size_t, size_t>> twins;  // a later place of an absent key, and the first
+  };
   class Change;
   class Eviction;
   class Reservation;
@@ -147,18 +152,16 @@ class SlabStore {
   uint32_t tick() { return control_.header().clock.fetch_add(1) + 1; }
   void touch(uint32_t slot, uint32_t now);
 
-  bool prepare_read(const Key& key, const Found& found, uint64_t bytes, Lookup& outcome) const;
+  bool prepare_read(const Found& found, uint64_t bytes, Lookup& outcome) const;
   std::vector<size_t> read_once(const Batch& into, std::span<const size_t> wanted,
                                 const Limits& limits, std::vector<Found>& found,
                                 std::vector<Lookup>& outcome, std::vector<uint32_t>& slots);
   std::vector<Lookup> read(const Batch& into, const Limits& limits, std::vector<uint32_t>& slots);
 
-  std::vector<size_t> touch_present(const Batch& batch, std::span<const Tag> parents, uint32_t now,
-                                    Spill spill, Deadline deadline, std::vector<Stored>& outcome,
-                                    std::vector<uint32_t>& present);
+  Sorted sort(const Batch& batch, std::span<const Tag> parents, uint32_t now, Spill spill,
+              Deadline deadline, std::vector<Stored>& outcome);
   void find_evicted(const Batch& batch, std::vector<Stored>& outcome);
   void touch_parent(const Index::Read& snapshot, const Key& key, Tag parent, uint32_t now);
-  static void settle_duplicates(const Batch& batch, std::vector<Stored>& outcome);
   uint64_t offset_of(const Job& job, const Batch& batch) const;
   void write(std::span<Transfer> transfers, std::span<const uint64_t> checksums,
              const Limits& limits, std::span<Job> jobs);
@@ -181,6 +184,7 @@ class SlabStore {
 
   // All that follows is called under the mutex, within a Change.
   void ensure_whole();
+  void settle_left_over();
   void rebuild();
   size_t reserve_some(const Batch& batch, std::span<const size_t> wanted,
                       std::span<const uint32_t> present, uint32_t now, bool force,
@@ -205,6 +209,7 @@ class SlabStore {
   bool evict_any(uint32_t now, Eviction& eviction);
   bool evict_from_space(uint32_t space, uint32_t now, Eviction& eviction);
   void evict(uint32_t slot, Eviction& eviction);
+  void evict_leaves_first(std::vector<uint32_t> slots, Eviction& eviction);
   void drop(const Key& key, const Found& found, Index::Write& changes);
   void count_out(uint32_t slot);
 

@@ -38,7 +38,7 @@ inline Spilled spill(SlabStore& upper, SlabStore& lower, uint64_t bytes_most,
   };
   try {
     outcome = lower.put({keys, pages, bytes}, checksums, parents, Spill::Never, limits);
-  } catch (const Failure&) {
+  } catch (...) {
     settle();
     throw;
   }

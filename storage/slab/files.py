@@ -6,7 +6,8 @@ region       the slots
 control      what processes share besides: free slots, lists, the mutex (csrc/control.hpp)
 owners       a locked byte for each process that has the store open
 in-use       locked shared by each of them, exclusively by who makes or resizes the store
-keeper       locked by the process that does the background work of the node
+keeper       locked by the process that writes from the upper tier to the lower one
+sweeper      locked by the process that does the rest, where there is one tier only
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 INDEX = "index"
 INDEX_LOCK = "index-lock"
+INDEX_COPY = "index.new"  # a smaller one in the making
 REGION = "region"
 CONTROL = "control"
 OWNERS = "owners"
@@ -138,6 +140,14 @@ def _no_room(file: Path, size: int, error: OSError, setting: str) -> ConfigError
         f"{size} bytes cannot be allocated for {file} ({error.strerror}; {free} bytes are free); give "
         f"it less, or make room{hint}",
     )
+
+
+def allocated(directory: Path) -> int:
+    """Bytes that a store's files take there; 0 when there is none. Other programs' files do not count."""
+    if not (directory / heads.FILE).is_file():
+        return 0
+    names = [directory / name for name in (heads.FILE, IN_USE, *OWN)]
+    return sum(name.stat().st_blocks * 512 for name in names if name.is_file())
 
 
 def remove_own(directory: Path) -> None:

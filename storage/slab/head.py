@@ -97,11 +97,16 @@ def write(directory: Path, head: Head) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(directory / FILE)
-    folder = os.open(directory, os.O_RDONLY)
+    sync(directory)
+
+
+def sync(path: Path) -> None:
+    """Put a file, or the names in a directory, on the medium. Raises: OSError."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def _sane(head: Head) -> bool:

@@ -142,6 +142,7 @@ def _open_alone(
     place: Place, capacity: int, settings: SlabSettings, below: Below
 ) -> tuple[_native.SlabStore, Head]:
     files.require_files(place.directory, place.path_setting)
+    (place.directory / files.INDEX_COPY).unlink(missing_ok=True)  # of a start that was killed
     found = head.read(place.directory, place.path_setting)
     if found is not None and place.memory and not _index_is_sound(place):
         logger.warning("lmcache: %s was damaged; what it held is lost", place.directory)
@@ -320,7 +321,7 @@ def _shrink_index(place: Place, wanted: Plan) -> None:
     index = place.directory / files.INDEX
     if index.stat().st_size <= wanted.index_bytes:
         return
-    copy = place.directory / f"{files.INDEX}.new"
+    copy = place.directory / files.INDEX_COPY
     copy.unlink(missing_ok=True)
     found = _probe("compact", index, str(copy))
     if found["state"] != "ours" or copy.stat().st_size > wanted.index_bytes:
@@ -330,7 +331,9 @@ def _shrink_index(place: Place, wanted: Plan) -> None:
             f"{index} could not be made smaller ({found['detail']}); give it as much "
             "as before, or delete the store",
         )
+    head.sync(copy)  # whole on the disk, before it takes the other one's name
     copy.replace(index)
+    head.sync(place.directory)
     (place.directory / files.INDEX_LOCK).unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from ..gate import Gate
 from . import files
 from .opening import Place, open_store
 from .settings import SlabSettings
+
+logger = logging.getLogger(__name__)
 
 # In the order of the native side's codes (slab_store.hpp).
 _LOOKUPS = (Lookup.HIT, Lookup.MISS, Lookup.CORRUPT, Lookup.FAILED, Lookup.LATE)
@@ -210,7 +213,9 @@ class SlabTier(UpperTier):
     def close(self) -> None:
         if not self._gate.shut("it was closed"):
             return
-        # An operation in flight has the store until it ends; others may then think they are alone.
-        self._gate.wait_empty(CLOSE_SECONDS)
+        if not self._gate.wait_empty(CLOSE_SECONDS):
+            # Who comes next must not think that it is alone; the kernel lets go with the process.
+            logger.warning("lmcache: %s is still in use; left open", self.directory)
+            return
         self._store = None
         self._in_use.close()
