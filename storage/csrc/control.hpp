@@ -8,6 +8,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -164,6 +165,12 @@ class Control {
 
   // The first slots of a slab, whatever they held; their generations stay.
   void reset_slots(uint32_t slab, uint32_t count);
+
+  // A count of slots that the block holds, for use as a bound: no list is longer than there are
+  // slots.
+  uint64_t believable(uint64_t count) const {
+    return std::min(count, uint64_t{shape_.slabs} * shape_.slots_per_slab);
+  }
 
   uint32_t slab_of(uint32_t slot) const { return slot / shape_.slots_per_slab; }
   Class& kind_of(uint32_t slot) { return kind(slab(slab_of(slot)).kind); }

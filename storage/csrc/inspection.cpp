@@ -89,7 +89,8 @@ void Inspection::look_at_class(uint32_t number) {
 
 void Inspection::count_list(const List& list, Queue queue, const std::string& name) {
   uint64_t count = 0;
-  for (uint32_t at = list.newest; at != kNone && count <= list.count; at = control_.slot(at).next) {
+  for (uint32_t at = list.newest; at != kNone && count <= control_.believable(list.count);
+       at = control_.slot(at).next) {
     ++count;
     if (control_.slot(at).queue != queue) problem(name + ": holds a slot of another list");
   }

@@ -47,7 +47,7 @@ class Sieve : public OneList {
     OneList::forget(kind, slot);
   }
   uint32_t pick(Class& kind, const Keep& keep) override {
-    uint64_t steps = 2 * uint64_t{kind.main.count} + 1;
+    uint64_t steps = 2 * control_.believable(kind.main.count) + 1;
     for (uint32_t at = kind.hand; steps-- > 0 && kind.main.count > 0;) {
       if (at == kNone) at = kind.main.oldest;
       Slot& slot = control_.slot(at);
@@ -69,7 +69,8 @@ class Lru : public OneList {
  public:
   using OneList::OneList;
   uint32_t pick(Class& kind, const Keep& keep) override {
-    for (uint64_t steps = 2 * uint64_t{kind.main.count} + 1; steps-- > 0 && kind.main.count > 0;) {
+    for (uint64_t steps = 2 * control_.believable(kind.main.count) + 1;
+         steps-- > 0 && kind.main.count > 0;) {
       const uint32_t at = kind.main.oldest;
       Slot& slot = control_.slot(at);
       const bool stays = slot.visited.exchange(0) != 0 || keep(slot);
@@ -101,7 +102,7 @@ class S3Fifo : public Policy {
     return from.oldest == kNone ? kNone : control_.slot(from.oldest).tick.load();
   }
   uint32_t pick(Class& kind, const Keep& keep) override {
-    const uint64_t pages = uint64_t{kind.main.count} + kind.small.count;
+    const uint64_t pages = control_.believable(uint64_t{kind.main.count} + kind.small.count);
     for (uint64_t steps = 5 * pages + 1; steps-- > 0;) {
       const bool small = small_gives(kind);
       List& from = small ? kind.small : kind.main;

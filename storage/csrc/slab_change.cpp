@@ -354,7 +354,7 @@ bool SlabStore::evict_from_space(uint32_t space, uint32_t now, Eviction& evictio
     const Class& kind = control_.kind(number);
     if (kind.slabs == 0) continue;
     for (const List* list : {&kind.small, &kind.main}) {
-      uint64_t left = list->count;
+      uint64_t left = control_.believable(list->count);
       for (uint32_t at = list->oldest; at != kNone; at = control_.slot(at).prev) {
         if (left-- == 0) throw ControlDamaged("a list leads in a circle");
         const Slot& slot = control_.slot(at);
@@ -516,7 +516,7 @@ void SlabStore::make_dirty(uint32_t number) {
 
 // The tier below does not take pages: the oldest leaf that waits for it may go without.
 bool SlabStore::give_up_dirty() {
-  uint64_t left = control_.header().dirty.count;
+  uint64_t left = control_.believable(control_.header().dirty.count);
   for (uint32_t at = control_.header().dirty.oldest; at != kNone; at = control_.slot(at).prev) {
     if (left-- == 0) throw ControlDamaged("a list leads in a circle");
     if (control_.slot(at).children != 0) continue;

@@ -1,0 +1,66 @@
+"""What all processes of a store must do alike is as the first of them was told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from lmcache_sglang.errors import ConfigError
+from lmcache_sglang.storage.slab import files
+from lmcache_sglang.storage.slab.settings import Eviction, SlabSettings
+from lmcache_sglang.testing.small_store import SmallStore, put
+from lmcache_sglang.testing.store_process import run
+
+CAPACITY = 1 << 20
+VERSION_AT = 8  # of the control block (csrc/control.hpp)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
+        yield Path(folder)
+
+
+def fill_a_little(store: SmallStore, start: int) -> bool:
+    """What another process does, with settings of its own; whether the store is sound to it."""
+    with store.opened() as tier:
+        for number in range(start, start + 40):
+            put(tier, [number])
+        return tier.check().ok
+
+
+@pytest.mark.parametrize("others", ["sieve", "lru"])
+def test_processes_with_different_policies_keep_one_set_of_lists(
+    folder: Path, others: Eviction
+) -> None:
+    store = SmallStore(folder / "store", True, CAPACITY, SlabSettings(eviction="s3-fifo"))
+    other = replace(store, settings=SlabSettings(eviction=others))
+    with store.opened() as tier:
+        for start in range(0, 400, 80):
+            for number in range(start, start + 40):
+                put(tier, [number])
+            assert run(fill_a_little, other, start + 40)
+        assert tier.check().ok
+
+
+def test_another_version_on_a_live_store_is_refused_and_told_what_to_do(folder: Path) -> None:
+    store = SmallStore(folder / "store", True, CAPACITY)
+    with store.opened() as tier:
+        put(tier, range(4))
+        control = store.directory / files.CONTROL
+        content = bytearray(control.read_bytes())
+        content[VERSION_AT] += 1
+        with control.open("r+b") as file:
+            file.write(content[: VERSION_AT + 1])
+        message = run(why_refused, store)
+        assert "stop the engines of the other version first" in message
+
+
+def why_refused(store: SmallStore) -> str:
+    with pytest.raises(ConfigError) as caught:
+        store.open()
+    return str(caught.value)
