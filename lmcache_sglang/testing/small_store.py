@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -86,8 +86,12 @@ class SmallStore:
             write_file(self.directory / name, content)
 
     def allocated(self) -> int:
-        """Bytes of the medium that its files take."""
-        return sum(file.stat().st_blocks * 512 for file in self.directory.iterdir())
+        """Bytes of the medium that its files take; also while another process renames or removes some."""
+        taken = 0
+        for file in list(self.directory.iterdir()):
+            with suppress(FileNotFoundError):
+                taken += file.stat().st_blocks * 512
+        return taken
 
 
 def write_file(path: Path, content: bytes) -> None:

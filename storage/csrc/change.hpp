@@ -1,15 +1,15 @@
 // A change of what processes share, under the mutex.
 #pragma once
 
+#include <algorithm>
 #include <exception>
-#include <thread>
 
 #include "slab_store.hpp"
 
 namespace lmcache {
 
-inline constexpr auto kGlance =
-    std::chrono::milliseconds(1);  // LMDB has no way to wait for a reader
+inline constexpr int kUnexplainedMost = 3;
+inline constexpr auto kReadersWait = std::chrono::milliseconds(50);
 
 // While one is under way the control block says that it is broken; so whoever comes after an
 // exception, or after the death of this process, makes it anew from the index before anything else.
@@ -37,17 +37,17 @@ class SlabStore::Change {
 
 // Does what changes the index, and again while it has no room because another process was
 // interrupted in the middle of a lookup: LMDB uses no page again that its snapshot may still see.
+// Each attempt in vain costs a rebuild, so the next one waits until such lookups have ended, and
+// several that nobody's lookup explains mean that the index is full.
 template <class Work>
 auto SlabStore::patiently(Deadline deadline, const Work& work) {
-  for (bool last = false;;) {
+  for (int unexplained = 0;;) {
     try {
       return work();
     } catch (const IndexFull&) {
-      index_.reap_readers();
-      if (last || Clock::now() >= deadline) throw;
-      last = !index_.has_old_reader();
+      if (unexplained == kUnexplainedMost || Clock::now() >= deadline) throw;
     }
-    std::this_thread::sleep_for(kGlance);
+    if (old_readers_end(std::min(deadline, Clock::now() + kReadersWait))) ++unexplained;
   }
 }
 

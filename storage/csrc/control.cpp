@@ -133,7 +133,7 @@ void Control::format(const uint8_t (&store)[16], uint32_t policy) {
 void Control::clear() {
   for (uint32_t number = 0; number < shape_.slabs; ++number) slabs_[number] = {kNone, 0};
   std::memset(header_->classes, 0, sizeof header_->classes);
-  for (uint32_t i = 0; i < kSpaces; ++i) spaces_[i].pages = spaces_[i].bytes = 0;
+  for (uint32_t i = 0; i < kSpaces; ++i) spaces_[i].pages = spaces_[i].bytes = spaces_[i].quota = 0;
   for (uint32_t i = 0; i < kOwners; ++i) owners_[i].held = 0;
   header_->pages = header_->bytes = header_->reserved = header_->reserved_bytes = 0;
   header_->dirty_bytes = header_->spilling_bytes = 0;
@@ -174,6 +174,11 @@ uint32_t Control::slot_at(uint64_t offset) {
   const uint64_t within = offset % shape_.slab_bytes, bytes = its.slot_blocks * kBlock;
   if (bytes == 0 || within % bytes != 0 || within / bytes >= its.slots) return kNone;
   return static_cast<uint32_t>(number * shape_.slots_per_slab + within / bytes);
+}
+
+bool Control::is_of_its_slab(uint32_t number) {
+  const uint32_t kind = slab(slab_of(number)).kind;
+  return kind < kClasses && number % shape_.slots_per_slab < header_->classes[kind].slots;
 }
 
 Key Control::key_of(uint32_t number) {

@@ -178,6 +178,8 @@ class Control {
   uint64_t slot_bytes(uint32_t slot) { return kind_of(slot).slot_blocks * kBlock; }
   // The slot that starts there; kNone when none does.
   uint32_t slot_at(uint64_t offset);
+  // False for a number that its slab's slots, of the size that they have now, do not reach.
+  bool is_of_its_slab(uint32_t slot);
   Key key_of(uint32_t slot);
 
   // The namespace's number; kNone when it has none. `intern` gives it one, while there are any

@@ -40,7 +40,9 @@ void Rebuild::run() {
   mend_index();
 }
 
-// Other processes may be writing into slots that they reserved: those stay theirs.
+// Other processes may be writing into slots that they reserved: those stay theirs. No slot keeps
+// its state by itself: the slab may come out of this with larger slots, and fewer of them, when the
+// change that gave it these was never committed.
 void Rebuild::remember_reservations() {
   const Header& header = control_.header();
   for (uint32_t number = 0; number < control_.shape().slabs; ++number) {
@@ -50,13 +52,17 @@ void Rebuild::remember_reservations() {
     const uint32_t first = number * control_.shape().slots_per_slab;
     for (uint32_t i = 0; i < kind.slots && i < control_.shape().slots_per_slab; ++i) {
       const Slot& slot = control_.slot(first + i);
-      if (slot.state != State::Reserved || slot.owner == 0 || slot.owner >= kOwners) continue;
-      if ((slot.flags & kSpilling) || slot.space >= kSpaces || !store_.owners_.alive(slot.owner))
-        continue;
-      held_.push_back(
-          {first + i, kind.slot_blocks * kBlock, control_.key_of(first + i), slot.owner});
+      if (is_held(slot))
+        held_.push_back(
+            {first + i, kind.slot_blocks * kBlock, control_.key_of(first + i), slot.owner});
     }
+    control_.reset_slots(number, std::min(kind.slots, control_.shape().slots_per_slab));
   }
+}
+
+bool Rebuild::is_held(const Slot& slot) const {
+  return slot.state == State::Reserved && slot.owner != 0 && slot.owner < kOwners &&
+         (slot.flags & kSpilling) == 0 && slot.space < kSpaces && store_.owners_.alive(slot.owner);
 }
 
 bool Rebuild::take(uint32_t slot, uint64_t slot_bytes) {

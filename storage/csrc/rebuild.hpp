@@ -26,6 +26,7 @@ class Rebuild {
   };
 
   void remember_reservations();
+  bool is_held(const Slot& slot) const;
   void place(const Key& key, const Found& found);
   bool take(uint32_t slot, uint64_t slot_bytes);
   void occupy(uint32_t slot, const Key& key, State state);

@@ -442,7 +442,8 @@ void SlabStore::reserve_slot(uint32_t number, uint32_t space, const Key& key) {
 bool SlabStore::is_ours(const Job& job) {
   const Slot& slot = control_.slot(job.slot);
   return slot.state == State::Reserved && slot.owner == owners_.self() &&
-         slot.generation == job.generation && (slot.flags & kSpilling) == 0;
+         slot.generation == job.generation && (slot.flags & kSpilling) == 0 &&
+         control_.is_of_its_slab(job.slot);
 }
 
 void SlabStore::release(const Job& job) {

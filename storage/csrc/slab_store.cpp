@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 #include <unordered_map>
 
 #include "change.hpp"
@@ -14,6 +15,7 @@ namespace {
 constexpr size_t kClearChunk = kIndexBatch;  // pages forgotten in one hold of the mutex
 constexpr auto kReleaseWait = std::chrono::milliseconds(200);
 constexpr auto kAttachWait = std::chrono::seconds(10);
+constexpr auto kGlance = std::chrono::milliseconds(1);  // LMDB has no way to wait for a reader
 
 IndexOptions index_options(const StoreOptions& options) {
   return {options.directory + "/index", options.index_bytes, options.sync, options.alone};
@@ -67,6 +69,16 @@ SlabStore::SlabStore(const StoreOptions& options)
 }
 
 SlabStore::~SlabStore() = default;
+
+// Whether no snapshot is left, by the deadline, that keeps the index from using its pages again.
+bool SlabStore::old_readers_end(Deadline deadline) {
+  for (;;) {
+    std::this_thread::sleep_for(kGlance);
+    index_.reap_readers();
+    if (!index_.has_old_reader()) return true;
+    if (Clock::now() >= deadline) return false;
+  }
+}
 
 uint64_t SlabStore::slot_bytes_for(uint64_t page_bytes) const {
   const uint64_t least = whole_blocks(options_.shape.slab_bytes / options_.shape.slots_per_slab);
@@ -438,7 +450,7 @@ std::vector<Key> SlabStore::settle(std::span<const Lent> pages, std::span<const 
 bool SlabStore::settle_one(const Lent& page, Stored outcome) {
   Slot& slot = control_.slot(page.slot);
   const bool ours = slot.owner == owners_.self() && slot.generation == page.generation &&
-                    (slot.flags & kSpilling) != 0;
+                    (slot.flags & kSpilling) != 0 && control_.is_of_its_slab(page.slot);
   if (!ours) return true;  // all was made anew meanwhile
   unhold(page.slot);
   if (slot.state == State::Reserved) {

@@ -176,6 +176,7 @@ class SlabStore {
                                Spill spill, uint32_t now, Deadline deadline);
   template <class Work>
   auto patiently(Deadline deadline, const Work& work);
+  bool old_readers_end(Deadline deadline);
   size_t remove_some(std::span<const Key> keys, Deadline deadline);
   size_t clear_some(std::string_view space, Deadline deadline);
   void check_pages(Check& report, const Limits& limits);

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from lmcache_sglang.errors import Reason, TierError
-from lmcache_sglang.storage.base import Lookup, Stored
+from lmcache_sglang.storage.base import NAMESPACE_BYTES, Lookup, Stored
 from lmcache_sglang.storage.slab.settings import Engine, SlabSettings
 from lmcache_sglang.storage.slab.tier import SlabTier
 from lmcache_sglang.testing.injection import STEPS, Failing, Hook, Slow, injected
@@ -130,6 +130,32 @@ def test_a_full_store_loses_nothing_more_than_it_evicted(
     assert len(before) - len(left) <= evicted
     assert all(stored.kept for stored in put(tier, [48, 53], [b""] * 2))
     assert tier.check().ok
+    tier.close()
+
+
+@pytest.mark.parametrize("step", ["index_commit", "reserve"])
+def test_a_slab_whose_change_of_size_failed_keeps_its_slots_where_they_were(
+    medium: Medium, step: str
+) -> None:
+    """Reserved slots of the small size that the slab never got must not end among the large ones."""
+    tier = medium.opened()
+    tier.clear(key_of(0)[:NAMESPACE_BYTES])
+    tier.clear(OTHER_NAMESPACE)
+    large = list(range(7, 2000, 8))  # 30,000 bytes, two to a slab of 64 KiB
+    put(tier, large, [b""] * len(large))
+    small = list(range(4000, 4160, 8))  # 100 bytes
+    for first in range(3):
+        with injected(Failing(step, errno.EIO, first=first, times=1)):
+            outcome_of(lambda: put(tier, small, [b""] * len(small)))
+        report = tier.check()
+        assert report.ok, report
+        for numbers in (large, small, large):
+            stored = put(tier, numbers, [b""] * len(numbers))
+            assert Stored.STORED in stored or Stored.PRESENT in stored
+            assert set(get(tier, numbers)) <= {Lookup.HIT, Lookup.MISS}
+        report = tier.check()
+        assert report.ok, report
+        assert tier.counts()["reserved"] == 0
     tier.close()
 
 
