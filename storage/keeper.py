@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 GROUP_BYTES = 64 << 20  # written with one flush
 GROUP_SECONDS = 30.0
+JOIN_SECONDS = 1.5 * GROUP_SECONDS  # a group at hand ends before that, unless the device hangs
 LOOK_SECONDS = 1.0  # between looks at the lock, and between rounds with nothing to do
 SWEEP_SECONDS = 5.0
 TOUCHED_BYTES = 256 << 20  # of used pages queued at once
@@ -106,7 +107,9 @@ class Keeper:
         except TierError as error:
             if error.reason is not Reason.CLOSED:
                 raise
-        self._thread.join()
+        self._thread.join(JOIN_SECONDS)
+        if self._thread.is_alive():  # the kernel lets go of its lock with the process
+            logger.warning("lmcache: the disk does not answer; its background thread is left alone")
 
     def _run(self) -> None:
         try:

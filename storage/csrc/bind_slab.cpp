@@ -90,13 +90,32 @@ T named(const std::map<std::string, T>& names, const std::string& name) {
   return found->second;
 }
 
-Spill spill_named(const std::string& name) {
-  return named<Spill>({{"never", Spill::Never},
-                       {"now", Spill::Now},
-                       {"on-evict", Spill::OnEvict},
-                       {"on-touch", Spill::OnTouch},
-                       {"later", Spill::Later}},
-                      name);
+const std::map<std::string, Spill> kSpills = {{"never", Spill::Never},
+                                              {"now", Spill::Now},
+                                              {"on-evict", Spill::OnEvict},
+                                              {"on-touch", Spill::OnTouch},
+                                              {"later", Spill::Later}};
+const std::map<std::string, Sync> kSyncs = {
+    {"durable", Sync::Durable}, {"ordered", Sync::Ordered}, {"volatile", Sync::Volatile}};
+const std::map<std::string, PolicyKind> kPolicies = {
+    {"sieve", PolicyKind::Sieve}, {"s3-fifo", PolicyKind::S3Fifo}, {"lru", PolicyKind::Lru}};
+
+Spill spill_named(const std::string& name) { return named(kSpills, name); }
+
+template <class T>
+std::string name_of(const std::map<std::string, T>& names, T value) {
+  for (const auto& [name, its] : names)
+    if (its == value) return name;
+  throw ControlDamaged("no such choice");
+}
+
+nb::dict agreed(const SlabStore& store) {
+  const StoreOptions& options = store.options();
+  nb::dict result;
+  result["policy"] = name_of(kPolicies, options.policy);
+  result["below"] = name_of(kSpills, options.below);
+  result["sync"] = name_of(kSyncs, options.sync);
+  return result;
 }
 
 StoreOptions options_of(const nb::dict& given) {
@@ -114,12 +133,8 @@ StoreOptions options_of(const nb::dict& given) {
                    static_cast<uint32_t>(number("ghosts"))};
   options.index_bytes = number("index_bytes");
   options.pages_most = number("pages_most");
-  options.sync = named<Sync>(
-      {{"durable", Sync::Durable}, {"ordered", Sync::Ordered}, {"volatile", Sync::Volatile}},
-      text("sync"));
-  options.policy = named<PolicyKind>(
-      {{"sieve", PolicyKind::Sieve}, {"s3-fifo", PolicyKind::S3Fifo}, {"lru", PolicyKind::Lru}},
-      text("policy"));
+  options.sync = named(kSyncs, text("sync"));
+  options.policy = named(kPolicies, text("policy"));
   options.below = spill_named(text("below"));
   options.threads = static_cast<unsigned>(number("threads"));
   options.huge_pages = flag("huge_pages");
@@ -335,6 +350,7 @@ void bind_slab(nb::module_& m) {
           },
           "seen"_a, "seconds"_a, kUnlocked)
       .def("describe", &SlabStore::describe)
+      .def("agreed", &agreed)
       .def(
           "pin_memory",
           [](SlabStore& store, const std::string& driver) { return store.pin_memory(driver); },

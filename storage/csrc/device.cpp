@@ -24,9 +24,10 @@ std::unique_ptr<Engine> uring_if_any(unsigned depth) {
 
 std::unique_ptr<Engine> faster_engine(SlotFile& file, BufferPool& buffers, unsigned depth) {
   std::unique_ptr<Engine> threads = std::make_unique<ThreadEngine>(depth);
-  if (file.bytes() < Probe::kLeastBytes) return threads;
+  const Range range = file.written(Probe::kLeastBytes);
+  if (range.begin == range.end) return threads;  // a new store: nothing to measure by
   auto uring = uring_if_any(depth);
-  Probe probe(file, buffers, depth, {0, file.bytes()});
+  Probe probe(file, buffers, depth, range);
   if (uring && probe.is_faster({*uring, false}, {*threads, false})) return uring;
   return threads;
 }

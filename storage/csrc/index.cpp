@@ -33,8 +33,6 @@ Reason reason_of(int code) {
     case MDB_VERSION_MISMATCH:
     case MDB_INCOMPATIBLE:
       return Reason::Corrupt;
-    case MDB_PANIC:
-      return Reason::Closed;
     default:
       return Reason::Io;
   }

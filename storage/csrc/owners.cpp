@@ -33,7 +33,9 @@ Owners::Owners(const std::string& path)
     return;
   }
   close(file_);
-  throw std::system_error(EMFILE, std::generic_category(), path);
+  throw Failure(Reason::Full, std::to_string(kOwners - 1) +
+                                  " processes have the store open, and no more can; give some of "
+                                  "them a store of their own");
 }
 
 Owners::~Owners() { close(file_); }

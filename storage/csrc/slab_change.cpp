@@ -3,6 +3,7 @@
 #include <cstring>
 #include <ctime>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "change.hpp"
 #include "steps.hpp"
@@ -14,7 +15,8 @@ namespace {
 constexpr auto kRoomWait =
     std::chrono::seconds(2);  // longest wait for the tier below to take pages
 constexpr uint64_t kQueuedMost = 64 << 20;
-constexpr uint32_t kOlder = 2;  // a slab changes class when its pages are so many times older
+constexpr uint64_t kQuotaParts = 16;  // of a quota, one is freed at a time
+constexpr uint32_t kOlder = 2;        // a slab changes class when its pages are so many times older
 
 uint32_t seconds_now() { return static_cast<uint32_t>(std::time(nullptr)); }
 
@@ -127,8 +129,9 @@ uint32_t SlabStore::take_slot(uint64_t page_bytes, uint32_t space, uint32_t now,
   const uint64_t bytes = slot_bytes_for(page_bytes);
   if (bytes > options_.shape.slab_bytes) return kNone;
   const Space& its = control_.space(space);
-  while (its.quota != 0 && its.bytes + bytes > its.quota)
-    if (!evict_from_space(space, now, eviction)) return kNone;
+  if (its.quota != 0 && its.bytes + bytes > its.quota &&
+      !evict_from_space(space, bytes, now, eviction))
+    return kNone;
   while (control_.header().pages + control_.header().reserved >= options_.pages_most)
     if (!evict_any(now, eviction)) return kNone;
   const uint32_t kind = kind_for(bytes);
@@ -221,10 +224,11 @@ bool SlabStore::steal(uint32_t kind, uint32_t from, uint32_t now, Eviction& evic
   const Class& other = control_.kind(from);
   const uint32_t next = other.small.oldest != kNone ? other.small.oldest : other.main.oldest;
   const uint32_t preferred = next == kNone ? 0 : control_.slab_of(next);
+  std::optional<Kin> kin;
   for (uint32_t i = 0; i < options_.shape.slabs; ++i) {
     const uint32_t number = (preferred + i) % options_.shape.slabs;
     if (control_.slab(number).kind != from) continue;
-    const auto doomed = doomed_with(number, now, eviction);
+    const auto doomed = doomed_with(number, now, kin, eviction);
     if (!doomed) continue;
     evict_leaves_first(*doomed, eviction);
     if (control_.slab(number).live != 0)
@@ -271,6 +275,7 @@ void SlabStore::evict_leaves_first(std::vector<uint32_t> slots, Eviction& evicti
 // The pages of a slab and all their descendants, wherever they lie; nothing when one of them must
 // stay.
 std::optional<std::vector<uint32_t>> SlabStore::doomed_with(uint32_t number, uint32_t now,
+                                                            std::optional<Kin>& kin,
                                                             Eviction& eviction) {
   const uint32_t first = number * options_.shape.slots_per_slab;
   std::vector<uint32_t> doomed;
@@ -282,27 +287,32 @@ std::optional<std::vector<uint32_t>> SlabStore::doomed_with(uint32_t number, uin
     parents = parents || slot.children != 0;
     doomed.push_back(first + i);
   }
-  if (parents && !add_descendants(doomed, now, eviction)) return std::nullopt;
+  if (parents && !kin) kin = kin_of_all(eviction);
+  if (parents && !add_descendants(doomed, now, *kin)) return std::nullopt;
   return doomed;
 }
 
-// One walk over all pages: who names whom. False when a descendant must stay.
-bool SlabStore::add_descendants(std::vector<uint32_t>& doomed, uint32_t now, Eviction& eviction) {
-  std::unordered_multimap<Tag, uint32_t> children;
+// Who names whom: a walk over all pages.
+SlabStore::Kin SlabStore::kin_of_all(Eviction& eviction) {
+  Kin kin;
   for_each_slot([&](uint32_t number, const Slot& slot) {
     if (slot.state != State::Live) return;
     const Found found = eviction.changes().find(control_.key_of(number));
     if (found.kind == Found::Kind::Present && found.entry.parent != 0)
-      children.emplace(found.entry.parent, number);
+      kin.emplace(found.entry.parent, number);
   });
-  std::vector<bool> taken(uint64_t{options_.shape.slabs} * options_.shape.slots_per_slab);
-  for (const uint32_t slot : doomed) taken[slot] = true;
+  return kin;
+}
+
+// False when a descendant must stay.
+bool SlabStore::add_descendants(std::vector<uint32_t>& doomed, uint32_t now, const Kin& kin) {
+  std::unordered_set<uint32_t> taken(doomed.begin(), doomed.end());
   for (size_t i = 0; i < doomed.size(); ++i) {
-    const auto [begin, end] = children.equal_range(control_.key_of(doomed[i]).tag());
+    const auto [begin, end] = kin.equal_range(control_.key_of(doomed[i]).tag());
     for (auto child = begin; child != end; ++child) {
-      if (taken[child->second]) continue;
+      if (taken.contains(child->second)) continue;
       if (must_stay(control_.slot(child->second), now)) return false;
-      taken[child->second] = true;
+      taken.insert(child->second);
       doomed.push_back(child->second);
     }
   }
@@ -348,23 +358,49 @@ bool SlabStore::evict_any(uint32_t now, Eviction& eviction) {
   return false;
 }
 
-// The next page of one namespace to go, over all classes. Quotas are few, so a walk will do.
-bool SlabStore::evict_from_space(uint32_t space, uint32_t now, Eviction& eviction) {
+// Makes room for so many bytes within a namespace's quota. Its pages stand among all others, so
+// this walks past those; for which it frees somewhat more than is asked for.
+bool SlabStore::evict_from_space(uint32_t space, uint64_t bytes, uint32_t now, Eviction& eviction) {
+  const Space& its = control_.space(space);
+  if (bytes > its.quota) return false;
+  const uint64_t enough = its.quota - bytes;
+  const uint64_t more = its.quota / kQuotaParts / bytes * bytes;
+  thin_out(space, enough - std::min(enough, more), now, eviction);
+  return its.bytes <= enough;
+}
+
+// Evicts a namespace's pages, oldest first, until it has no more than so many bytes.
+void SlabStore::thin_out(uint32_t space, uint64_t wanted, uint32_t now, Eviction& eviction) {
+  const Space& its = control_.space(space);
+  uint64_t left = 2 * control_.believable(UINT64_MAX), queued = 0;
   for (uint32_t number = 0; number < kClasses; ++number) {
     const Class& kind = control_.kind(number);
     if (kind.slabs == 0) continue;
     for (const List* list : {&kind.small, &kind.main}) {
-      uint64_t left = control_.believable(list->count);
-      for (uint32_t at = list->oldest; at != kNone; at = control_.slot(at).prev) {
+      for (uint32_t at = list->oldest, next; at != kNone; at = next) {
+        if (its.bytes <= wanted || queued >= queued_at_once()) return;
         if (left-- == 0) throw ControlDamaged("a list leads in a circle");
-        const Slot& slot = control_.slot(at);
-        if (slot.space != space || must_stay(slot, now)) continue;
-        evict(at, eviction);
-        return true;
+        next = control_.slot(at).prev;
+        if (control_.slot(at).space == space) queued += let_go(at, now, eviction);
       }
     }
   }
-  return false;
+}
+
+// Evicts a page, unless it must stay, or was used since the last time. Bytes that go below first.
+uint64_t SlabStore::let_go(uint32_t number, uint32_t now, Eviction& eviction) {
+  Slot& slot = control_.slot(number);
+  if (slot.tick == now || slot.pinned_until > seconds_now()) return 0;
+  if (slot.visited.exchange(0) != 0) {  // to the end of its list, where this walk may come again
+    delist(number);
+    enlist(number);
+  } else if (options_.below == Spill::OnEvict && (slot.flags & kUnspilled) != 0) {
+    make_dirty(number);
+    return control_.slot_bytes(number);
+  } else {
+    evict(number, eviction);
+  }
+  return 0;
 }
 
 void SlabStore::evict(uint32_t number, Eviction& eviction) {
@@ -404,7 +440,7 @@ void SlabStore::count_out(uint32_t number) {
   header.bytes -= control_.slot_bytes(number);
 }
 
-void SlabStore::free_slot(uint32_t number) {
+void SlabStore::free_slot(uint32_t number, bool suspect) {
   Slot& slot = control_.slot(number);
   Space& space = control_.space(slot.space);
   --space.pages;
@@ -415,7 +451,11 @@ void SlabStore::free_slot(uint32_t number) {
   slot.pinned_until = 0;
   slot.flags = 0;
   --control_.slab(control_.slab_of(number)).live;
-  control_.push_newest(control_.kind_of(number).free, number, Queue::Free);
+  List& free = control_.kind_of(number).free;
+  if (suspect)
+    control_.push_oldest(free, number, Queue::Free);
+  else
+    control_.push_newest(free, number, Queue::Free);
 }
 
 void SlabStore::reserve_slot(uint32_t number, uint32_t space, const Key& key) {
@@ -446,10 +486,11 @@ bool SlabStore::is_ours(const Job& job) {
          control_.is_of_its_slab(job.slot);
 }
 
-void SlabStore::release(const Job& job) {
+// suspect: the medium failed there. Then others are used before it.
+void SlabStore::release(const Job& job, bool suspect) {
   if (!is_ours(job)) return;
   end_reservation(job.slot);
-  free_slot(job.slot);
+  free_slot(job.slot, suspect);
 }
 
 void SlabStore::end_reservation(uint32_t number) {
@@ -590,7 +631,7 @@ std::vector<SlabStore::Job> SlabStore::publish_now(std::span<const Job> written,
   changes.commit();
   for (const Job& job : jobs) {
     if (job.outcome != Stored::Stored) {
-      release(job);
+      release(job, job.outcome == Stored::Failed);
       continue;
     }
     end_reservation(job.slot);

@@ -14,6 +14,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "control.hpp"
@@ -129,6 +130,8 @@ class SlabStore {
   Medium& medium() { return *medium_; }
   uint64_t slot_bytes_for(uint64_t page_bytes) const;
   const Shape& shape() const { return options_.shape; }
+  // Policy, below and sync as the first of the store's processes was told.
+  const StoreOptions& options() const { return options_; }
 
  private:
   friend class Rebuild;
@@ -147,6 +150,7 @@ class SlabStore {
   class Change;
   class Eviction;
   class Reservation;
+  using Kin = std::unordered_multimap<Tag, uint32_t>;  // slots, by the parent that they name
 
   uint32_t slot_of(const Entry& entry) const;
   uint32_t tick() { return control_.header().clock.fetch_add(1) + 1; }
@@ -201,14 +205,18 @@ class SlabStore {
   void assign(uint32_t slab, uint32_t kind);
   uint32_t rival_of(uint32_t kind, uint32_t now);
   bool steal(uint32_t kind, uint32_t from, uint32_t now, Eviction& eviction);
-  std::optional<std::vector<uint32_t>> doomed_with(uint32_t slab, uint32_t now, Eviction& eviction);
-  bool add_descendants(std::vector<uint32_t>& doomed, uint32_t now, Eviction& eviction);
+  std::optional<std::vector<uint32_t>> doomed_with(uint32_t slab, uint32_t now,
+                                                   std::optional<Kin>& kin, Eviction& eviction);
+  Kin kin_of_all(Eviction& eviction);
+  bool add_descendants(std::vector<uint32_t>& doomed, uint32_t now, const Kin& kin);
   bool must_stay(const Slot& slot, uint32_t now) const;
   bool evict_one(uint32_t kind, uint32_t now, Eviction& eviction);
   uint64_t queued_at_once() const;
   void queue_slab(uint32_t slab);
   bool evict_any(uint32_t now, Eviction& eviction);
-  bool evict_from_space(uint32_t space, uint32_t now, Eviction& eviction);
+  bool evict_from_space(uint32_t space, uint64_t bytes, uint32_t now, Eviction& eviction);
+  void thin_out(uint32_t space, uint64_t wanted, uint32_t now, Eviction& eviction);
+  uint64_t let_go(uint32_t slot, uint32_t now, Eviction& eviction);
   void evict(uint32_t slot, Eviction& eviction);
   void evict_leaves_first(std::vector<uint32_t> slots, Eviction& eviction);
   void drop(const Key& key, const Found& found, Index::Write& changes);
@@ -216,9 +224,9 @@ class SlabStore {
 
   void reserve_slot(uint32_t slot, uint32_t space, const Key& key);
   bool is_ours(const Job& job);
-  void release(const Job& job);
+  void release(const Job& job, bool suspect = false);
   void end_reservation(uint32_t slot);
-  void free_slot(uint32_t slot);
+  void free_slot(uint32_t slot, bool suspect = false);
   size_t reclaim(uint16_t owner);
   void hold(uint32_t slot);
   void unhold(uint32_t slot);

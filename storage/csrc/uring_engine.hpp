@@ -110,6 +110,20 @@ class UringRun {
   unsigned in_flight_ = 0;
 };
 
+// One of the calls that share the depth.
+class Active {
+ public:
+  explicit Active(std::atomic<unsigned>& count) : count_(count) {
+    count_.fetch_add(1, std::memory_order_relaxed);
+  }
+  ~Active() { count_.fetch_sub(1, std::memory_order_relaxed); }
+  Active(const Active&) = delete;
+  Active& operator=(const Active&) = delete;
+
+ private:
+  std::atomic<unsigned>& count_;
+};
+
 class UringEngine : public Engine {
  public:
   // Throws std::system_error where there is no io_uring.
@@ -126,9 +140,10 @@ class UringEngine : public Engine {
       return;
     }
     UringRun call(batch, *ring, depth_, active_);
-    active_.fetch_add(1, std::memory_order_relaxed);
-    call.go();
-    active_.fetch_sub(1, std::memory_order_relaxed);
+    {
+      const Active counted(active_);
+      call.go();
+    }
     const std::lock_guard lock(mutex_);
     free_.push_back(std::move(ring));
   }

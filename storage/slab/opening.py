@@ -227,14 +227,40 @@ def _open_shared(
             f"{place.directory} is open in another process, and its files are not as that one made them; "
             "stop all engines that use it, and start again",
         )
-    return _native_store(place, found, settings, below, alone=False), found
+    store = _native_store(place, found, settings, below, alone=False)
+    _tell_disagreement(place, store.agreed(), settings, below)
+    return store, found
+
+
+def _sync(place: Place, settings: SlabSettings) -> str:
+    return "volatile" if place.memory else "durable" if settings.durable else "ordered"
+
+
+def _tell_disagreement(
+    place: Place, agreed: dict[str, str], settings: SlabSettings, below: Below
+) -> None:
+    asked = {
+        "policy": ("eviction", settings.eviction),
+        "below": ("mode and admission", below.value),
+        "sync": ("durability", _sync(place, settings)),
+    }
+    for name, (setting, wanted) in asked.items():
+        if agreed[name] == wanted:
+            continue
+        logger.warning(
+            "lmcache: %s: %s asked for here is %s, but the process that opened it first was told %s, "
+            "which holds for all until they have closed it",
+            place.directory,
+            setting,
+            wanted,
+            agreed[name],
+        )
 
 
 def _native_store(
     place: Place, its_head: Head, settings: SlabSettings, below: Below, *, alone: bool
 ) -> _native.SlabStore:
     plan = its_head.plan
-    sync = "volatile" if place.memory else "durable" if settings.durable else "ordered"
     options = {
         "directory": str(place.directory),
         "medium": "memory" if place.memory else "file",
@@ -245,7 +271,7 @@ def _native_store(
         "ghosts": plan.ghosts,
         "index_bytes": plan.index_bytes,
         "pages_most": plan.pages_most,
-        "sync": sync,
+        "sync": _sync(place, settings),
         "policy": settings.eviction,
         "below": below.value,
         "threads": settings.threads,

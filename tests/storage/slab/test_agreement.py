@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
+import os
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,6 +52,25 @@ def test_processes_with_different_policies_keep_one_set_of_lists(
         assert tier.check().ok
 
 
+def what_opening_tells(store: SmallStore) -> list[str]:
+    """What another process logs, as warnings, when it opens the store."""
+    told = BufferingHandler(100)
+    told.setLevel(logging.WARNING)
+    logging.getLogger().addHandler(told)
+    with store.opened():
+        return [record.getMessage() for record in told.buffer]
+
+
+def test_who_comes_second_is_told_what_holds(folder: Path) -> None:
+    store = SmallStore(folder / "store", False, CAPACITY, SlabSettings(eviction="lru"))
+    other = replace(store, settings=SlabSettings(eviction="sieve", durable=False))
+    with store.opened():
+        assert run(what_opening_tells, store) == []
+        eviction, durability = run(what_opening_tells, other)
+    assert "eviction asked for here is sieve" in eviction and "was told lru" in eviction
+    assert "durability asked for here is ordered" in durability and "was told durable" in durability
+
+
 def test_another_version_on_a_live_store_is_refused_and_told_what_to_do(folder: Path) -> None:
     store = SmallStore(folder / "store", True, CAPACITY)
     with store.opened() as tier:
@@ -58,6 +82,15 @@ def test_another_version_on_a_live_store_is_refused_and_told_what_to_do(folder: 
             file.write(content[: VERSION_AT + 1])
         message = run(why_refused, store)
         assert "stop the engines of the other version first" in message
+
+
+def test_one_process_too_many_is_told_so(folder: Path) -> None:
+    """Each holds the lock of a byte; here the test holds all but the one of this process."""
+    store = SmallStore(folder / "store", True, CAPACITY)
+    with store.opened(), (store.directory / files.OWNERS).open("r+b") as owners:
+        others = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 2, 254, 0)
+        fcntl.fcntl(owners, fcntl.F_OFD_SETLK, others)
+        assert "255 processes have the store open" in run(why_refused, store)
 
 
 def why_refused(store: SmallStore) -> str:
