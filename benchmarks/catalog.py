@@ -70,6 +70,7 @@ SPECS = (
     Spec("memcpy, 2 threads", "memcpy", "dram", "memcpy", "Memcpy", "sglang", threads=2),
     Spec("ours", "ours", "dram", "ours", "OursDram", "sglang"),
     Spec("ours, 2 threads", "ours", "dram", "ours", "OursDram", "sglang", threads=2),
+    Spec("ours, through Store", "ours", "dram", "ours", "OursStore", "sglang"),
     Spec("Mooncake", "mooncake", "dram", "mooncake", "Mooncake", "mooncake"),
     Spec(
         "Mooncake, 2 threads",

@@ -10,6 +10,7 @@ from benchmarks.results import Results, Spread, ratio
 
 PAGE = 2 * MIB
 OVERHEAD_PAGE = 4 * KIB
+STORE = "ours, through Store"
 REOPENED = 100_000
 
 
@@ -38,9 +39,9 @@ def evaluate(results: Results) -> list[Target]:
 
 def _lookups(results: Results) -> list[Target]:
     found = []
-    for medium in ("dram", "nvme"):
-        values = results.find("exists", medium, PAGE, "ours")
-        text = f"exists, batch of {BATCH}, {medium}"
+    for medium, subject in (("dram", STORE), ("dram", "ours"), ("nvme", "ours")):
+        values = results.find("exists", medium, PAGE, subject)
+        text = f"exists, batch of {BATCH}, {medium}, {subject}"
         found.append(Target(text, 1.2, True, " µs a key", Spread.of(values) if values else None))
     return found
 
@@ -106,7 +107,7 @@ def _index(results: Results) -> list[Target]:
     per_page = [one.index_bytes for one in results.grown]
     return [
         *[
-            Target(f"DRAM {call} of {BATCH} pages of 4 KiB, whole call", 0.5, True, " ms", spread)
+            Target(f"{call} of {BATCH} pages of 4 KiB, {STORE}: the call", 0.5, True, " ms", spread)
             for call, spread in (("get", _call(results, "get")), ("put", _call(results, "put")))
         ],
         Target(
@@ -118,8 +119,8 @@ def _index(results: Results) -> list[Target]:
 
 def _call(results: Results, operation: str) -> Spread | None:
     """Milliseconds of one call, its arguments made included: no less than its time in Python."""
-    rates = results.find(operation, "dram", OVERHEAD_PAGE, "ours")
-    prepared = results.find("prepare", "dram", OVERHEAD_PAGE, "ours")
+    rates = results.find(operation, "dram", OVERHEAD_PAGE, STORE)
+    prepared = results.find("prepare", "dram", OVERHEAD_PAGE, STORE)
     if not rates or not prepared:
         return None
     moved = BATCH * OVERHEAD_PAGE

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from benchmarks.subjects.base import Batch, Options, Subject, SubjectError, addresses, drop_files
+from lmcache_sglang import Config, Store
 from lmcache_sglang.kernels.pages import PageSegments
 from lmcache_sglang.storage.base import Lookup, Stored, page_key
 from lmcache_sglang.storage.slab import files, plan
@@ -124,6 +125,62 @@ class OursNvme(_Ours):
 
     def data_files(self) -> list[Path]:
         return [self.options.directory / "store" / files.REGION]
+
+
+class OursStore(Subject):
+    """`Store`, as a program that uses the package has it."""
+
+    setup: ClassVar[str] = (
+        "Store with its memory tier, default settings: SlabTier behind the chain that turns failures into "
+        "misses; checksums verified on every read"
+    )
+    durable: ClassVar[str] = "in memory, outlives the process"
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        all_pages = options.pages * options.workers
+        size = max(bytes_for(all_pages), all_pages * options.page_bytes * SPARE)
+        memory = {"size": size, "path": str(options.directory / "store")}
+        settings = {"path": str(options.directory / "none"), "cpu": memory, "disk": {"size": 0}}
+        self._store = Store(Config.of(settings))
+        self._namespace = NAMESPACE[:-1] + bytes([options.rank])
+        self._calls: dict[bytes, _Call] = {}
+
+    def version(self) -> str:
+        return f"lmcache-sglang {version('lmcache-sglang')}, Store"
+
+    def prepare(self, batch: Batch) -> None:
+        size = self.options.page_bytes
+        self._calls[batch.keys[0]] = _Call(
+            [page_key(self._namespace, key) for key in batch.keys],
+            segments(addresses(batch.source), size),
+            segments(addresses(batch.target), size),
+        )
+
+    def put(self, batch: Batch) -> None:
+        call = self._calls[batch.keys[0]]
+        self._require(self._store.put(call.keys, call.source), "kept")
+
+    def get(self, batch: Batch) -> None:
+        call = self._calls[batch.keys[0]]
+        self._require(self._store.get(call.keys, call.target), "read")
+
+    def exists(self, batch: Batch) -> int:
+        here = self._store.exists(self._calls[batch.keys[0]].keys)
+        return here.index(False) if False in here else len(here)
+
+    def forget(self, batches: Sequence[Batch]) -> None:
+        self._calls.clear()
+        self._store.clear(self._namespace)
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _require(self, outcome: list[bool], what: str) -> None:
+        if not all(outcome):
+            raise SubjectError(
+                f"{outcome.count(False)} pages were not {what}: {self._store.faults()}"
+            )
 
 
 class Index:

@@ -372,8 +372,15 @@ def test_a_small_file_is_served_by_threads(tmp_path: Path) -> None:
     assert _native.Device(str(path)).engine == "threads"
 
 
+def test_a_file_that_was_never_written_gives_nothing_to_measure_by(tmp_path: Path) -> None:
+    """Its space is read without the device, and would say how fast that is."""
+    path = Place(tmp_path, "auto", direct=True).file(80 * MIB)
+    assert _native.Device(str(path)).engine == "threads"
+
+
 def test_either_engine_may_win_on_a_large_file(tmp_path: Path) -> None:
     path = Place(tmp_path, "auto", direct=True).file(80 * MIB)
+    path.write_bytes(bytes(80 * MIB))
     begin = time.monotonic()
     device = _native.Device(str(path))
     assert time.monotonic() - begin < SOON
