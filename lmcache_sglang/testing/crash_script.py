@@ -1,16 +1,21 @@
-"""What a process does to a store until it is killed, and how the store is looked at afterwards."""
+"""What a process does to a store until it is killed, or while steps fail, and how the store is looked at
+afterwards."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import ConfigError, Reason, TierError
 from ..storage.base import Lookup
+from ..storage.slab import opening
 from ..storage.slab.tier import SlabTier
-from .injection import Signalled, injected
+from .injection import FailingAt, Signalled, injected, killed_at_file_call
 from .small_store import SmallStore, get, here, key_of, put
 from .tier_suite import OTHER_NAMESPACE
 
@@ -18,6 +23,9 @@ NUMBERS = range(80)
 FRESH = range(900, 905)  # put by `look`, to see that putting works
 
 Operation = tuple[str, list[int]]
+Errors = Mapping[int, int]  # number of a step -> what it fails with
+
+_probe_in_a_process = opening._probe  # as it is before a job puts a quicker one there
 
 
 def operations(seed: int) -> Iterator[Operation]:
@@ -31,17 +39,18 @@ def operations(seed: int) -> Iterator[Operation]:
 
 
 def apply(tier: SlabTier, operation: Operation) -> None:
+    """Checked: what is said of each page is true, and none is corrupt."""
     kind, numbers = operation
     keys = [key_of(number) for number in numbers]
     match kind:
         case "put":
-            put(tier, numbers, [b""] * len(numbers))
+            _put(tier, numbers, [b""] * len(numbers))
         case "chain":
-            put(tier, numbers)
+            _put(tier, numbers, None)
         case "remove":
             tier.remove(keys)
         case "get":
-            get(tier, numbers)
+            assert Lookup.CORRUPT not in get(tier, numbers)
         case "pin":
             tier.pin(keys[:2], 3600 * (numbers[0] % 2))
         case "clear":
@@ -49,7 +58,13 @@ def apply(tier: SlabTier, operation: Operation) -> None:
         case "quota":
             tier.set_quota(OTHER_NAMESPACE, (numbers[0] % 3) * (256 << 10))
         case "repair":
-            tier.check(repair=True)
+            assert not tier.check(repair=True).corrupt
+
+
+def _put(tier: SlabTier, numbers: Sequence[int], parents: Sequence[bytes] | None) -> None:
+    outcome = put(tier, numbers, parents)
+    kept = {n for n, stored in zip(numbers, outcome, strict=True) if stored.kept}
+    assert kept == here(tier, numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,21 +122,117 @@ class Seen:
 
 def look(store: SmallStore) -> Seen:
     with store.opened() as tier:
-        tier.sweep()
-        report = tier.check()
-        found = sorted(here(tier, NUMBERS))
-        outcome = get(tier, found)
-        whole = {n for n, lookup in zip(found, outcome, strict=True) if lookup is Lookup.HIT}
-        reserved = tier.counts()["reserved"]
-        kept = [stored.kept for stored in put(tier, FRESH, [b""] * len(FRESH))]
-        back = [lookup is Lookup.HIT for lookup in get(tier, FRESH)]
-        return Seen(
-            here=set(found),
-            not_whole=set(found) - whole,
-            problems=[*report.problems, *(f"corrupt: {key.hex()}" for key in report.corrupt)],
-            reserved=reserved,
-            works=kept == back and any(kept) and tier.check().ok,
-        )
+        return look_at(tier)
+
+
+def look_at(tier: SlabTier) -> Seen:
+    tier.sweep()
+    report = tier.check()
+    found = sorted(here(tier, NUMBERS))
+    outcome = get(tier, found)
+    whole = {n for n, lookup in zip(found, outcome, strict=True) if lookup is Lookup.HIT}
+    reserved = tier.counts()["reserved"]
+    kept = [stored.kept for stored in put(tier, FRESH, [b""] * len(FRESH))]
+    back = [lookup is Lookup.HIT for lookup in get(tier, FRESH)]
+    return Seen(
+        here=set(found),
+        not_whole=set(found) - whole,
+        problems=[*report.problems, *(f"corrupt: {key.hex()}" for key in report.corrupt)],
+        reserved=reserved,
+        works=kept == back and any(kept) and tier.check().ok,
+    )
+
+
+def go_on_despite(
+    store: SmallStore, saved: dict[str, bytes], script: list[Operation], trials: list[Errors]
+) -> list[list[str]]:
+    """Do all the operations anew for each trial, while those steps of it fail.
+
+    Returns: the names of the steps that each of them had.
+    Raises: AssertionError, naming the trial.
+    """
+    steps = []
+    for errors in trials:
+        store.restore(saved)
+        try:
+            steps.append(_go_on_despite(store, script, errors))
+        except AssertionError as error:
+            raise AssertionError(f"when these steps fail: {errors}: {error}") from error
+    return steps
+
+
+def _go_on_despite(store: SmallStore, script: list[Operation], errors: Errors) -> list[str]:
+    hook = FailingAt(errors)
+    with injected(hook):
+        tier = open_despite_errors(store, len(errors))
+        for operation in script:
+            try:
+                apply(tier, operation)
+            except TierError as error:
+                assert error.reason in (Reason.IO, Reason.FULL), f"{operation}: {error}"
+    try:
+        require_whole(look_at(tier))
+    finally:
+        tier.close()
+    require_whole(look(store))
+    return hook.names
+
+
+def open_despite_errors(store: SmallStore, most: int) -> SlabTier:
+    """Again after each error, as many as there may be."""
+    for _ in range(most):
+        try:
+            return store.open()
+        except ConfigError:
+            continue
+    return store.open()
+
+
+def require_whole(seen: Seen) -> None:
+    assert (seen.problems, seen.not_whole, seen.reserved, seen.works) == ([], set(), 0, True), seen
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What it took to open a store."""
+
+    calls: int  # that changed files
+    steps: int
+    seconds: float
+
+
+def open_and_be_killed(
+    store: SmallStore, *, at_call: int = 0, at_step: int = 0, after: float = 0.0
+) -> Opening:
+    """Args: when to be killed: at a call that changes files, at a step, or after seconds. 0: not so."""
+    _compact_in_a_process()
+    if after:  # its default action ends a process as SIGKILL does, and the kernel keeps the time
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, after)
+        store.open()
+        return Opening(0, 0, 0.0)
+    started, hook = time.monotonic(), Signalled(at_step)
+    with injected(hook), killed_at_file_call(at_call) as calls:
+        store.open()
+        return Opening(calls(), hook.seen, time.monotonic() - started)
+
+
+def look_resizing(store: SmallStore) -> Seen:
+    """As `look`, where it has another size than before."""
+    _compact_in_a_process()
+    return look(store)
+
+
+def _compact_in_a_process() -> None:
+    """The fork that jobs look at an index from cannot make one smaller; what they had before can."""
+    look_in_a_fork = opening._probe
+
+    def probe(task: str, index: Path, argument: str, keep: Sequence[int] = ()) -> dict[str, str]:
+        if task == "look":
+            return look_in_a_fork(task, index, argument)
+        return _probe_in_a_process(task, index, argument, keep)
+
+    opening._probe = probe
 
 
 def fill(store: SmallStore, seed: int) -> None:

@@ -169,7 +169,7 @@ def try_cases(
     probe_in_a_fork()
     thorough = opening._probe
 
-    def look(task: str, index: Path, argument: str) -> dict[str, str]:
+    def look(task: str, index: Path, argument: str, keep: Sequence[int] = ()) -> dict[str, str]:
         same = index.read_bytes() == sound
         return probe.verdict("ours") if same else thorough(task, index, argument)
 

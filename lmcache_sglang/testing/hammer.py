@@ -6,12 +6,13 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
-from ..errors import Reason, TierError
+from ..errors import ConfigError, Reason, TierError
 from ..storage.base import Lookup
 from ..storage.slab.tier import SlabTier
-from .injection import Signalled, injected
+from .injection import Flaky, Signalled, injected
 from .small_store import SmallStore, get, here, key_of, put
 from .tier_suite import OTHER_NAMESPACE
 
@@ -26,27 +27,73 @@ class Done:
     slowest: float = 0.0  # seconds
     busy: int = 0  # operations that got no lock in time
     outcomes: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)  # operations that failed, by reason
 
 
 def run(store: SmallStore, seed: int, seconds: float, numbers: range = range(120)) -> Done:
     """Raises: AssertionError, when a page is not the page of its key, or corrupt."""
-    rng, done = random.Random(seed), Done()
+    end = time.monotonic() + seconds
     with store.opened() as tier:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            started = time.monotonic()
-            try:
-                _step(tier, rng, numbers, done)
-            except TierError as error:
-                if error.reason is not Reason.BUSY:
-                    raise
-                done.busy += 1
-            done.operations += 1
-            done.slowest = max(done.slowest, time.monotonic() - started)
+        return _work(tier, random.Random(seed), end, numbers, {Lookup.HIT, Lookup.MISS})
+
+
+def run_flaky(
+    store: SmallStore, seed: int, seconds: float, share: float, numbers: range = range(120)
+) -> Done:
+    """As `run`, but that share of its steps fail, those of opening the store too.
+
+    Raises: AssertionError; TierError, for what no step that failed explains.
+    """
+    end, rng = time.monotonic() + seconds, random.Random(seed)
+    flaky = Flaky(share, random.Random(seed))
+    with injected(flaky):
+        tier = _open_until(end, store)
+        allowed = {Lookup.HIT, Lookup.MISS, Lookup.FAILED, Lookup.LATE}
+        done = _work(tier, rng, end, numbers, allowed, {Reason.IO, Reason.FULL})
+    tier.sweep()  # gives back what an error kept it from giving back
+    tier.close()
+    assert flaky.failed > 0, "no step failed"
     return done
 
 
-def _step(tier: SlabTier, rng: random.Random, numbers: range, done: Done) -> None:
+def _open_until(end: float, store: SmallStore) -> SlabTier:
+    while True:
+        try:
+            return store.open()
+        except ConfigError:
+            if time.monotonic() > end:
+                raise
+
+
+def _work(
+    tier: SlabTier,
+    rng: random.Random,
+    end: float,
+    numbers: range,
+    found: AbstractSet[Lookup],
+    errors: AbstractSet[Reason] = frozenset(),
+) -> Done:
+    """Args: found, errors: what may come of it."""
+    done = Done()
+    while time.monotonic() < end:
+        started = time.monotonic()
+        try:
+            _step(tier, rng, numbers, done, found)
+        except TierError as error:
+            if error.reason is Reason.BUSY:
+                done.busy += 1
+            elif error.reason in errors:
+                done.errors[error.reason.value] += 1
+            else:
+                raise
+        done.operations += 1
+        done.slowest = max(done.slowest, time.monotonic() - started)
+    return done
+
+
+def _step(
+    tier: SlabTier, rng: random.Random, numbers: range, done: Done, found: AbstractSet[Lookup]
+) -> None:
     """One operation, chosen at random."""
     some = rng.sample(numbers, rng.randint(1, MOST))
     keys = [key_of(number) for number in some]
@@ -58,7 +105,7 @@ def _step(tier: SlabTier, rng: random.Random, numbers: range, done: Done) -> Non
             done.outcomes.update(stored.value for stored in put(tier, sorted(some)))
         case "get":
             outcome = get(tier, some)
-            assert set(outcome) <= {Lookup.HIT, Lookup.MISS}, outcome
+            assert set(outcome) <= found, outcome
             done.outcomes.update(lookup.value for lookup in outcome)
         case "exists":
             here(tier, some)

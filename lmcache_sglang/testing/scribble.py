@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..errors import TierError
 from ..storage.slab import files
+from ..storage.slab.plan import BLOCK
 from ..storage.slab.tier import SlabTier
 from .small_store import OWN_NAMESPACE, SmallStore, get, put
 
@@ -59,8 +60,9 @@ def _tie(tier: SlabTier) -> None:
     plan = tier.head.plan
     file = os.open(tier.directory / files.CONTROL, os.O_RDWR)
     try:
-        first = plan.control_bytes - plan.slabs * plan.slots_per_slab * SLOT_BYTES
-        for number in range(plan.slabs * plan.slots_per_slab):
+        slots = plan.slabs * plan.slots_per_slab
+        first = plan.control_bytes - -(-slots * SLOT_BYTES // BLOCK) * BLOCK
+        for number in range(slots):
             os.pwrite(file, number.to_bytes(4, "little"), first + number * SLOT_BYTES + PREV)
     finally:
         os.close(file)

@@ -110,7 +110,9 @@ def probe_in_a_fork() -> None:
     opening._probe = _probe_in_fork
 
 
-def _probe_in_fork(task: str, index: Path, argument: str) -> dict[str, str]:
+def _probe_in_fork(
+    task: str, index: Path, argument: str, keep: Sequence[int] = ()
+) -> dict[str, str]:
     assert task == "look", "no test of these makes a store smaller"
     answer, give = os.pipe()
     child = os.fork()

@@ -127,13 +127,24 @@ void Control::format(const uint8_t (&store)[16], uint32_t policy) {
   header_->slabs = shape_.slabs;
   header_->slots_per_slab = shape_.slots_per_slab;
   header_->clock = 1;
-  clear();
+  for (uint32_t number = 0; number < shape_.slabs; ++number) slabs_[number] = {kNone, 0};
+  clear_counts();
 }
 
-void Control::clear() {
-  for (uint32_t number = 0; number < shape_.slabs; ++number) slabs_[number] = {kNone, 0};
-  std::memset(header_->classes, 0, sizeof header_->classes);
-  for (uint32_t i = 0; i < kSpaces; ++i) spaces_[i].pages = spaces_[i].bytes = spaces_[i].quota = 0;
+void Control::clear_class(uint32_t number, uint32_t slabs) {
+  Class& its = kind(number);
+  const List empty{kNone, kNone, 0};
+  its = {slabs == 0 ? 0 : its.slot_blocks,
+         slabs == 0 ? 0 : its.slots,
+         slabs,
+         empty,
+         empty,
+         empty,
+         kNone,
+         {}};
+}
+
+void Control::clear_counts() {
   for (uint32_t i = 0; i < kOwners; ++i) owners_[i].held = 0;
   header_->pages = header_->bytes = header_->reserved = header_->reserved_bytes = 0;
   header_->dirty_bytes = header_->spilling_bytes = 0;
@@ -151,15 +162,17 @@ Slot& Control::slot(uint32_t number) {
 }
 
 void Control::reset_slots(uint32_t slab, uint32_t count) {
-  for (uint32_t i = 0; i < count; ++i) {
-    Slot& it = slot(slab * shape_.slots_per_slab + i);
-    it.state = State::Free;
-    it.queue = Queue::None;
-    it.owner = 0;
-    it.children = 0;
-    it.pinned_until = 0;
-    it.flags = 0;
-  }
+  for (uint32_t i = 0; i < count; ++i) reset_slot(slab * shape_.slots_per_slab + i);
+}
+
+void Control::reset_slot(uint32_t number) {
+  Slot& it = slot(number);
+  it.state = State::Free;
+  it.queue = Queue::None;
+  it.owner = 0;
+  it.children = 0;
+  it.pinned_until = 0;
+  it.flags = 0;
 }
 
 uint64_t Control::offset_of(uint32_t slot) {

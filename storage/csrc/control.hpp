@@ -87,6 +87,12 @@ struct Space {
   uint64_t quota;  // 0: none
   uint32_t tick;   // of the batch that put a page there last
   uint32_t spare;
+
+  void take(uint64_t its_pages, uint64_t its_bytes) {
+    pages = its_pages;
+    bytes = its_bytes;
+    quota = 0;
+  }
 };
 
 struct Owner {
@@ -151,8 +157,10 @@ class Control {
   bool usable(const uint8_t (&store)[16]) const;
   // Empties everything; for who has the store alone.
   void format(const uint8_t (&store)[16], uint32_t policy);
-  // Empties what `rebuild` fills, and leaves generations and the mutex alone.
-  void clear();
+  // Of what `rebuild` counts anew.
+  void clear_counts();
+  // Empties its lists; a class with slabs keeps the size of its slots, in every moment of this.
+  void clear_class(uint32_t number, uint32_t slabs);
 
   const Shape& shape() const { return shape_; }
   Header& header() { return *header_; }
@@ -165,6 +173,7 @@ class Control {
 
   // The first slots of a slab, whatever they held; their generations stay.
   void reset_slots(uint32_t slab, uint32_t count);
+  void reset_slot(uint32_t slot);
 
   // A count of slots that the block holds, for use as a bound: no list is longer than there are
   // slots.

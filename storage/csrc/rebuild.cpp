@@ -2,6 +2,7 @@
 #include "rebuild.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 namespace lmcache {
@@ -18,18 +19,23 @@ void SlabStore::rebuild() {
   control_.header().ready = kWhole;
 }
 
+// Other processes may be writing into slots that they reserved: those stay theirs, whatever becomes
+// of this. So nothing is changed before all that can fail has been done once, and what says that a
+// slot is reserved (its state and owner, its slab's class, its namespace's name) is never unsaid.
 void Rebuild::run() {
-  remember_reservations();
   // A process may have died when its commit was written and not yet shown to readers: the next
   // writer's first step is to show it.
   {
     const Index::Write show_last_commit(store_.index_);
   }
-  control_.clear();
+  remember_reservations();
   {
     const Index::Read snapshot(store_.index_);
+    placed_.reserve(snapshot.walk(nullptr, kAll, [this](const Key&, const Found& found) {
+      if (found.kind == Found::Kind::Present) look_for_conflict(found.entry);
+    }));
+    clear_all_but_held();
     snapshot.walk(nullptr, kAll, [this](const Key& key, const Found& found) { place(key, found); });
-    for (const Held& held : held_) restore(held);
     for (const Placed& page : placed_) count_child(snapshot, page);
     read_pins_and_quotas(snapshot);
     store_.damaged_at_open_ += bad_.size();
@@ -40,29 +46,84 @@ void Rebuild::run() {
   mend_index();
 }
 
-// Other processes may be writing into slots that they reserved: those stay theirs. No slot keeps
-// its state by itself: the slab may come out of this with larger slots, and fewer of them, when the
-// change that gave it these was never committed.
 void Rebuild::remember_reservations() {
-  const Header& header = control_.header();
   for (uint32_t number = 0; number < control_.shape().slabs; ++number) {
     const Slab& slab = control_.slab(number);
-    if (slab.kind >= kClasses) continue;
-    const Class& kind = header.classes[slab.kind];
-    const uint32_t first = number * control_.shape().slots_per_slab;
-    for (uint32_t i = 0; i < kind.slots && i < control_.shape().slots_per_slab; ++i) {
-      const Slot& slot = control_.slot(first + i);
-      if (is_held(slot))
-        held_.push_back(
-            {first + i, kind.slot_blocks * kBlock, control_.key_of(first + i), slot.owner});
+    if (slab.kind >= kClasses || !is_sound(slab.kind)) continue;
+    for (uint32_t i = 0; i < control_.kind(slab.kind).slots; ++i) {
+      const uint32_t slot = number * control_.shape().slots_per_slab + i;
+      if (is_held(control_.slot(slot))) held_[number].insert(slot);
     }
-    control_.reset_slots(number, std::min(kind.slots, control_.shape().slots_per_slab));
   }
+}
+
+// Whether the class is one that `kind_for` could have made, and finds again.
+bool Rebuild::is_sound(uint32_t number) const {
+  const Class& kind = control_.kind(number);
+  const Shape& shape = control_.shape();
+  const uint64_t bytes = kind.slot_blocks * kBlock;
+  if (bytes == 0 || bytes > shape.slab_bytes) return false;
+  if (kind.slots != std::min<uint64_t>(shape.slab_bytes / bytes, shape.slots_per_slab))
+    return false;
+  for (uint32_t other = 0; other < number; ++other)
+    if (control_.kind(other).slot_blocks == kind.slot_blocks) return false;
+  return true;
 }
 
 bool Rebuild::is_held(const Slot& slot) const {
   return slot.state == State::Reserved && slot.owner != 0 && slot.owner < kOwners &&
          (slot.flags & kSpilling) == 0 && slot.space < kSpaces && store_.owners_.alive(slot.owner);
+}
+
+// What the index says goes before: a change that reserved slots and was never committed wrote
+// nothing into them, and may have given the slab another class.
+void Rebuild::look_for_conflict(const Entry& entry) {
+  const uint32_t slot = store_.slot_of(entry);
+  if (slot == kNone) return;
+  const auto slab = held_.find(control_.slab_of(slot));
+  if (slab == held_.end()) return;
+  if (control_.slot_bytes(slot) != store_.slot_bytes_for(entry.length))
+    held_.erase(slab);
+  else if (slab->second.erase(slot) != 0 && slab->second.empty())
+    held_.erase(slab);
+}
+
+// No slot keeps its state by itself: the slab may come out of this with larger slots, and fewer of
+// them.
+void Rebuild::clear_all_but_held() {
+  const Slots nothing;
+  std::array<uint32_t, kClasses> slabs{};
+  std::array<std::array<uint64_t, 2>, kSpaces> taken{};  // pages and bytes
+  for (uint32_t number = 0; number < control_.shape().slabs; ++number) {
+    Slab& slab = control_.slab(number);
+    const auto held = held_.find(number);
+    if (slab.kind < kClasses) clear_slots(number, held == held_.end() ? nothing : held->second);
+    if (held == held_.end()) {
+      slab = {kNone, 0};
+      continue;
+    }
+    ++slabs[slab.kind];
+    slab.live = static_cast<uint32_t>(held->second.size());
+    for (const uint32_t slot : held->second) {
+      auto& [pages, bytes] = taken[control_.slot(slot).space];
+      ++pages;
+      bytes += control_.slot_bytes(slot);
+    }
+  }
+  control_.clear_counts();
+  for (uint32_t kind = 0; kind < kClasses; ++kind) control_.clear_class(kind, slabs[kind]);
+  for (uint32_t i = 0; i < kSpaces; ++i) control_.space(i).take(taken[i][0], taken[i][1]);
+  for (const auto& [slab, slots] : held_)
+    for (const uint32_t slot : slots) store_.count_reserved(slot);
+}
+
+void Rebuild::clear_slots(uint32_t slab, const Slots& held) {
+  const uint32_t slots =
+      std::min(control_.kind(control_.slab(slab).kind).slots, control_.shape().slots_per_slab);
+  for (uint32_t i = 0; i < slots; ++i) {
+    const uint32_t slot = slab * control_.shape().slots_per_slab + i;
+    if (!held.contains(slot)) control_.reset_slot(slot);
+  }
 }
 
 bool Rebuild::take(uint32_t slot, uint64_t slot_bytes) {
@@ -116,15 +177,6 @@ void Rebuild::occupy(uint32_t number, const Key& key, State state) {
   Space& its = control_.space(space);
   ++its.pages;
   its.bytes += control_.slot_bytes(number);
-}
-
-void Rebuild::restore(const Held& held) {
-  if (!take(held.slot, held.slot_bytes)) return;  // the index says that a page is there
-  occupy(held.slot, held.key, State::Reserved);
-  control_.slot(held.slot).owner = held.owner;
-  ++control_.owner(held.owner).held;
-  ++control_.header().reserved;
-  control_.header().reserved_bytes += held.slot_bytes;
 }
 
 void Rebuild::count_child(const Index::Read& snapshot, const Placed& page) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <unordered_map>
+#include <unordered_set>
 
 #include "slab_store.hpp"
 
@@ -13,12 +14,7 @@ class Rebuild {
   void run();
 
  private:
-  struct Held {
-    uint32_t slot;
-    uint64_t slot_bytes;
-    Key key;
-    uint16_t owner;
-  };
+  using Slots = std::unordered_set<uint32_t>;
   struct Placed {
     uint64_t sequence;
     uint32_t slot;
@@ -26,11 +22,14 @@ class Rebuild {
   };
 
   void remember_reservations();
+  bool is_sound(uint32_t kind) const;
   bool is_held(const Slot& slot) const;
+  void look_for_conflict(const Entry& entry);
+  void clear_all_but_held();
+  void clear_slots(uint32_t slab, const Slots& held);
   void place(const Key& key, const Found& found);
   bool take(uint32_t slot, uint64_t slot_bytes);
   void occupy(uint32_t slot, const Key& key, State state);
-  void restore(const Held& held);
   void count_child(const Index::Read& snapshot, const Placed& page);
   void read_pins_and_quotas(const Index::Read& snapshot);
   void fill_free_lists();
@@ -40,7 +39,7 @@ class Rebuild {
 
   SlabStore& store_;
   Control& control_;
-  std::vector<Held> held_;
+  std::unordered_map<uint32_t, Slots> held_;  // reserved by processes that live, by slab
   std::vector<Placed> placed_;
   std::vector<Key> bad_;
   std::unordered_map<std::string, uint32_t> orphans_;  // by their parent, as the index names it

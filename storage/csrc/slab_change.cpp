@@ -469,11 +469,15 @@ void SlabStore::reserve_slot(uint32_t number, uint32_t space, const Key& key) {
   slot.pinned_until = 0;
   slot.visited = 0;
   slot.flags = 0;
-  ++control_.owner(slot.owner).held;
   ++control_.slab(control_.slab_of(number)).live;
   Space& its = control_.space(space);
   ++its.pages;
   its.bytes += control_.slot_bytes(number);
+  count_reserved(number);
+}
+
+void SlabStore::count_reserved(uint32_t number) {
+  ++control_.owner(control_.slot(number).owner).held;
   ++control_.header().reserved;
   control_.header().reserved_bytes += control_.slot_bytes(number);
 }

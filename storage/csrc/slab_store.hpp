@@ -223,6 +223,7 @@ class SlabStore {
   void count_out(uint32_t slot);
 
   void reserve_slot(uint32_t slot, uint32_t space, const Key& key);
+  void count_reserved(uint32_t slot);
   bool is_ours(const Job& job);
   void release(const Job& job, bool suspect = false);
   void end_reservation(uint32_t slot);

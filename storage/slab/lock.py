@@ -41,6 +41,11 @@ class InUse:
             self.close()
             raise
 
+    @property
+    def file(self) -> int:
+        """The descriptor that holds the lock: a child that inherits it holds it too, until it ends."""
+        return self._file
+
     def share(self) -> None:
         """Let other processes open the store."""
         fcntl.flock(self._file, fcntl.LOCK_SH)

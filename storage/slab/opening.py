@@ -13,6 +13,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def open_store(place: Place, capacity: int, settings: SlabSettings, below: Below
         in_use = InUse(place.directory, place.path_setting)
         undo.callback(in_use.close)
         if in_use.alone:
-            opened = _open_alone(place, capacity, settings, below)
+            opened = _open_alone(place, capacity, settings, below, in_use)
             in_use.share()
         else:
             opened = _open_shared(place, settings, below)
@@ -139,7 +140,7 @@ def _require_trusted(place: Place) -> None:
 
 
 def _open_alone(
-    place: Place, capacity: int, settings: SlabSettings, below: Below
+    place: Place, capacity: int, settings: SlabSettings, below: Below, in_use: InUse
 ) -> tuple[_native.SlabStore, Head]:
     files.require_files(place.directory, place.path_setting)
     (place.directory / files.INDEX_COPY).unlink(missing_ok=True)  # of a start that was killed
@@ -151,12 +152,19 @@ def _open_alone(
     if found is None:
         return _make(place, capacity, settings, below)
     _require_sound(place)
+    if not files.whole_slabs(place.directory, found):
+        logger.warning(
+            "lmcache: %s was shortened until it held no page, or its making was interrupted: made anew",
+            place.directory / files.REGION,
+        )
+        files.remove_own(place.directory)
+        return _make(place, capacity, settings, below)
     if not _has_index(place):  # what the control file lists is nowhere any more
         (place.directory / files.CONTROL).unlink(missing_ok=True)
     found = _mended(place, found, settings, below)
     wanted = _plan(place, capacity, found.slab_bytes)
     if wanted.slabs != found.slabs:  # for what it remembers beside, nothing is made anew
-        found = _resized(place, found, wanted, settings, below)
+        found = _resized(place, found, wanted, settings, below, in_use)
     store = _opened(place, found, settings, below)
     if store.counts()["pages"] or _plan(place, capacity).slab_bytes <= found.slab_bytes:
         return store, found
@@ -301,16 +309,17 @@ def _mended(place: Place, its_head: Head, settings: SlabSettings, below: Below) 
         slabs,
         its_head.slabs,
     )
-    if slabs == 0:
-        files.remove_own(place.directory)
-        _write_head(place, its_head)
-    else:
-        _forget_beyond(place, its_head, slabs, settings, below)
+    _forget_beyond(place, its_head, slabs, settings, below)
     return its_head
 
 
 def _resized(
-    place: Place, its_head: Head, wanted: Plan, settings: SlabSettings, below: Below
+    place: Place,
+    its_head: Head,
+    wanted: Plan,
+    settings: SlabSettings,
+    below: Below,
+    in_use: InUse,
 ) -> Head:
     logger.info(
         "lmcache: %s: from %.2f to %.2f GB",
@@ -320,7 +329,7 @@ def _resized(
     )
     if wanted.slabs < its_head.slabs:
         _forget_beyond(place, its_head, wanted.slabs, settings, below)
-        _shrink_index(place, wanted)
+        _shrink_index(place, wanted, in_use)
     else:  # before the head says so: a full disk then leaves the store as it was
         _allocate(place, wanted)
     resized = its_head.resized(wanted)
@@ -343,13 +352,14 @@ def _forget_beyond(
     (place.directory / files.CONTROL).unlink()
 
 
-def _shrink_index(place: Place, wanted: Plan) -> None:
+def _shrink_index(place: Place, wanted: Plan, in_use: InUse) -> None:
     index = place.directory / files.INDEX
     if index.stat().st_size <= wanted.index_bytes:
         return
     copy = place.directory / files.INDEX_COPY
     copy.unlink(missing_ok=True)
-    found = _probe("compact", index, str(copy))
+    # If this process is killed, nobody opens the store before the child has ended too.
+    found = _probe("compact", index, str(copy), keep=(in_use.file,))
     if found["state"] != "ours" or copy.stat().st_size > wanted.index_bytes:
         copy.unlink(missing_ok=True)
         raise ConfigError(
@@ -390,11 +400,17 @@ def _require_sound(place: Place) -> None:
         )
 
 
-def _probe(task: str, index: Path, argument: str) -> dict[str, str]:
+def _probe(task: str, index: Path, argument: str, keep: Sequence[int] = ()) -> dict[str, str]:
+    """What a child process finds. Args: keep: descriptors that it inherits."""
     command = [sys.executable, "-I", probe.__file__, task, str(index), argument]
     try:
         done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=PROBE_SECONDS
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            pass_fds=keep,
         )
     except OSError as error:
         raise ConfigError(

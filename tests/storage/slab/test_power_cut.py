@@ -1,7 +1,16 @@
 """What a power cut leaves of a store in a file: whole, if it is durable; else at least never wrong.
 
-The device is simulated: what lies in the region when a flush has ended is safe, and of what was written
-since, each sector is old, new or neither. The index is what its last commit left.
+Modelled is the region, on a simulated device: what lies in it when a flush has ended is safe, and of what
+was written since, each sector of 512 bytes is old, new or neither, each by itself. So writes are lost,
+torn and reordered at will. A cut comes at any step, also in the middle of a change; `control`, which nobody
+syncs, is lost with it.
+
+Assumed, and not tried, is what LMDB and the file system promise. Of the index: a commit that has returned
+is on the medium whole, and one that has not left no trace. Not durable (MDB_NOMETASYNC), the last commit
+may be missing as well, and only the last; pages of a commit are never torn, lost singly, or reordered behind
+its meta page, which LMDB writes after it has synced the rest. A sync that returned was one: no device lies.
+Of the files: they were made, at their full size, long before. Cuts while a store is made or resized are not
+modelled; kills then are (test_crash_opening.py).
 """
 
 from __future__ import annotations

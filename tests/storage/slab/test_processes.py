@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +16,7 @@ import pytest
 from lmcache_sglang.errors import Reason, TierError
 from lmcache_sglang.storage.base import Lookup, Stored
 from lmcache_sglang.storage.slab.settings import Eviction, SlabSettings
-from lmcache_sglang.testing import hammer
+from lmcache_sglang.testing import crash_script, hammer
 from lmcache_sglang.testing.injection import UNDER_THE_MUTEX
 from lmcache_sglang.testing.small_store import SmallStore, get, here, put
 from lmcache_sglang.testing.store_process import Job, run
@@ -22,6 +24,7 @@ from lmcache_sglang.testing.store_process import Job, run
 CRAMPED = 1 << 20
 ROOMY = 4 << 20
 SECONDS = 1.2
+SHARE = 0.01  # of the steps, where storage fails
 
 
 @pytest.fixture
@@ -74,6 +77,62 @@ def test_processes_that_hammer_one_store_see_right_bytes_and_exceed_no_limit(
         assert each.busy == 0
         assert each.operations > 20
         assert each.outcomes["hit"] > 0 < each.outcomes["stored"]
+
+
+def require_whole(store: SmallStore) -> None:
+    """As the next process finds it."""
+    seen = run(crash_script.look, store)
+    assert (seen.problems, seen.not_whole, seen.reserved, seen.works) == ([], set(), 0, True), seen
+
+
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("processes", [2, 8])
+def test_processes_whose_storage_keeps_failing_do_one_another_no_harm(
+    folder: Path, processes: int, memory: bool
+) -> None:
+    """What an error left half done in one of them is mended by whichever comes next, beside the others."""
+    store = SmallStore(folder / "store", memory, CRAMPED)
+    with store.opened() as tier:
+        seconds = 2 * SECONDS
+        jobs = [Job(hammer.run_flaky, store, seed, seconds, SHARE) for seed in range(processes)]
+        done = [job.result() for job in jobs]
+        report = tier.check()
+        assert report.ok, report
+        assert tier.counts()["reserved"] == 0
+    require_whole(store)
+    errors = sum((each.errors for each in done), Counter[str]())
+    assert errors["io"] > 0 < errors["full"]
+    for each in done:
+        assert each.busy == 0
+        assert each.operations > 20
+        assert each.outcomes["hit"] > 0 < each.outcomes["stored"]
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_kills_among_processes_whose_storage_keeps_failing_do_no_harm(
+    folder: Path, memory: bool
+) -> None:
+    store = SmallStore(folder / "store", memory, CRAMPED)
+    seconds = 3 * SECONDS
+    with store.opened() as tier:
+        others = [Job(hammer.run_flaky, store, seed, seconds, SHARE) for seed in range(2)]
+        rng, kills, end = random.Random(6), 0, time.monotonic() + seconds
+        while time.monotonic() < end:
+            victim = Job(hammer.run_flaky, store, 100 + kills, 60.0, SHARE)
+            time.sleep(0.02 + rng.random() * 0.06)  # any moment will do
+            victim.kill()
+            kills += 1
+        done = [other.result() for other in others]
+        tier.sweep()
+        report = tier.check()
+        assert report.ok, report
+        assert tier.counts()["reserved"] == 0
+    require_whole(store)
+    assert kills > 10
+    for each in done:
+        assert each.operations > 20
+        assert each.busy == 0
+        assert each.errors.total() > 0
 
 
 def test_a_page_that_one_process_put_is_there_for_the_others(folder: Path) -> None:
