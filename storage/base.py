@@ -162,7 +162,7 @@ class Tier(ABC):
     ) -> list[Lookup]:
         """Copy pages into the caller's memory, each one verified.
 
-        A page of another length than its destination is CORRUPT: one key names one length.
+        One key names one length: a page of another than its destination is a MISS, and stays.
         A corrupt page stays until `remove`, so that the caller decides.
         """
 
@@ -183,6 +183,9 @@ class Tier(ABC):
                 fresh checksum. None: compute them here.
             parents: the key of the page before each one in its chain, or `b""` for none. None: the
                 batch is one run of a chain, each page the parent of the next.
+
+        A page that is here already is not written again; under a key whose page has another length, it is
+        REFUSED.
 
         A tier that must choose keeps a page rather than its descendants, which are useless without it.
         Of a page that is not kept nothing is here; the other pages of the batch are not affected.

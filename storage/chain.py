@@ -1,7 +1,7 @@
 """The tiers in order, as one store.
 
     put      upper tier; from there to the lower one in the background (keeper.py)
-             what the upper one has no room for goes to the lower one at once
+             what the upper one does not take goes to the lower one at once
     get      upper tier, then the lower one; what that one had goes up again, by the promotion policy
     exists   in any of them
 
@@ -53,6 +53,7 @@ _WENT_WRONG = {
 # A batch with any of the first two and none of the third is a tier's failure, as an error is.
 _BROKEN = frozenset({Lookup.FAILED, Stored.FAILED})
 _LATE = frozenset({Lookup.LATE, Stored.LATE})
+_GOES_AROUND = frozenset({Stored.REFUSED, Stored.FAILED})
 _DONE = frozenset({Lookup.HIT, Stored.STORED, Stored.PRESENT})
 _BREAKERS = ("get", "put", "other")  # a tier whose index answers may still deliver no page
 _NOT_STORED = {
@@ -244,21 +245,25 @@ class Chain:
         limits: Limits,
     ) -> list[bool]:
         parents = [parent, *keys[:-1]]
-        failed: list[Stored] = []
+        nothing: list[Stored] = []
         if self._upper is None:
             first = self.tiers[0]
-            outcome = self._ask(first, failed, first.put, keys, pages, None, parents, limits)
+            outcome = self._ask(first, nothing, first.put, keys, pages, None, parents, limits)
+            self._count_not_stored(outcome)
         else:
-            below = below if self._lower is not None else Below.NEVER
-            upper = self._upper
+            upper, below = self._upper, below if self._lower is not None else Below.NEVER
             put = upper.put
-            outcome = self._ask(upper, failed, put, keys, pages, None, parents, limits, below)
+            outcome = self._ask(upper, nothing, put, keys, pages, None, parents, limits, below)
+            self._count_not_stored([stored for stored in outcome if stored is not Stored.REFUSED])
             if below in (Below.NOW, Below.ON_EVICT):
                 outcome = self._put_around(outcome, keys, pages, parents, limits)
+            self._count_not_stored([stored for stored in outcome if stored is Stored.REFUSED])
+        return [stored.kept for stored in outcome] or [False] * len(keys)
+
+    def _count_not_stored(self, outcome: list[Stored]) -> None:
         for what, (reason, detail) in _NOT_STORED.items():
             if count := outcome.count(what):
                 self.faults.record(self.tiers[0].name, reason, detail, count)
-        return [stored.kept for stored in outcome] or [False] * len(keys)
 
     def _put_around(
         self,
@@ -268,12 +273,14 @@ class Chain:
         parents: list[bytes],
         limits: Limits,
     ) -> list[Stored]:
-        """What the upper tier has no room for goes to the lower one at once.
+        """What the upper tier has no room for, or does not take because it is broken, goes to the lower one
+        at once.
 
         The upper one keeps a page rather than its descendants, so of a chain that is longer than all of
         its room it would never take the end.
         """
-        refused = [i for i, stored in enumerate(outcome) if stored is Stored.REFUSED]
+        outcome = outcome or [Stored.FAILED] * len(keys)
+        refused = [i for i, stored in enumerate(outcome) if stored in _GOES_AROUND]
         if not refused or self._lower is None:
             return outcome
         chosen, before = [keys[i] for i in refused], [parents[i] for i in refused]

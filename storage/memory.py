@@ -81,7 +81,7 @@ class MemoryTier(Tier):
     def _put(self, key: bytes, data: bytes, checksum: int) -> Stored:
         records = self._open()
         if key in records:
-            return Stored.PRESENT
+            return Stored.PRESENT if len(records[key].data) == len(data) else Stored.REFUSED
         if self._used() + len(data) > self.capacity:
             return Stored.REFUSED
         records[key] = _Page(data, checksum)

@@ -24,11 +24,18 @@ class Record(Protocol):
         """The one they had when they came from the engine."""
 
 
+def _bytes(record: Record) -> memoryview:
+    return memoryview(record.data).cast("B")
+
+
 def deliver(
     keys: Sequence[bytes], found: Mapping[bytes, Record], into: PageSegments
 ) -> list[Lookup]:
     """Copy what was found into the caller's memory, each page verified; the others are misses."""
-    here = [i for i, key in enumerate(keys) if key in found]
+    lengths = into.page_bytes()
+    here = [
+        i for i, key in enumerate(keys) if key in found and len(_bytes(found[key])) == lengths[i]
+    ]
     records = [found[keys[i]] for i in here]
     whole = scatter(
         [keys[i] for i in here],

@@ -39,6 +39,9 @@ STEPS = (
 DATA_STEPS = ("read", "write", "flush")
 MAY_BE_FULL = ("index_begin", "index_commit")
 INDEX_FULL = -30792  # LMDB's MDB_MAP_FULL: an error of the steps above only
+GIVEN_UP = (
+    -30795
+)  # MDB_PANIC: LMDB will have nothing more to do with the file until it is opened anew
 UNDER_THE_MUTEX = ("index_begin", "index_commit", "index_committed", "reserve")
 
 

@@ -248,11 +248,13 @@ class TierSuite:
         assert tier.remove([a, a]) == 1
         assert tier.exists([a, b]) == [False, True]
 
-    def test_another_length_under_a_key_is_corrupt_and_not_delivered(self, tier: Tier) -> None:
+    def test_another_length_under_a_key_is_neither_delivered_nor_taken(self, tier: Tier) -> None:
         (key,) = some_keys(1)
         write(tier, [key])
         for size in (PAGE - 1, PAGE + 1, 1, 2 * PAGE):
-            assert read(tier, [key], size) == [Lookup.CORRUPT]
+            assert read(tier, [key], size) == [Lookup.MISS]
+            assert write(tier, [key], size) == [Stored.REFUSED]
+        assert write(tier, [key]) == [Stored.PRESENT]
         assert read(tier, [key]) == [Lookup.HIT]
 
     # Damage is found, told and healed.

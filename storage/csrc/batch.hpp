@@ -79,6 +79,7 @@ class Batch {
   Direction direction() const { return direction_; }
   int descriptor() const { return file_.descriptor(); }
   BufferPool& buffers() { return buffers_; }
+  const Limits& limits() const { return limits_; }
   bool passed() const { return limits_.passed(); }
 
   Flight flight(size_t request, uint8_t* buffer) const {
@@ -90,7 +91,9 @@ class Batch {
   // A request from begin to end, in this thread.
   void perform(size_t request) noexcept {
     try {
-      const auto loan = plan_.requests[request].needs_buffer ? buffers_.take() : BufferPool::Loan();
+      const bool needs = plan_.requests[request].needs_buffer;
+      const auto loan = needs ? buffers_.take(limits_) : BufferPool::Loan();
+      if (needs && !loan) return fail(request, ECANCELED);
       Flight all = flight(request, loan.address());
       carry(all);
     } catch (const std::bad_alloc&) {

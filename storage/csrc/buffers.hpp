@@ -4,6 +4,7 @@
 
 #include <sys/mman.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <utility>
@@ -55,14 +56,20 @@ class BufferPool {
     return take_one(lock);
   }
 
-  // Only for a caller that holds none, or two of them could wait for each other for ever.
-  Loan take() {
+  // Only for a caller that holds none, or two of them could wait for each other for ever. Without
+  // one when the limits have passed: a device that hangs has the buffers then.
+  Loan take(const Limits& limits) {
     std::unique_lock lock(mutex_);
-    returned_.wait(lock, [this] { return unmade_ > 0 || !free_.empty(); });
+    while (unmade_ == 0 && free_.empty()) {
+      if (limits.passed()) return {};
+      returned_.wait_for(lock, kGlance);  // nobody tells when a call is cancelled
+    }
     return take_one(lock);
   }
 
  private:
+  static constexpr std::chrono::milliseconds kGlance{5};
+
   Loan take_one(std::unique_lock<std::mutex>&) {
     if (!free_.empty()) {
       Loan loan(this, std::move(free_.back()));

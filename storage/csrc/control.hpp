@@ -46,7 +46,7 @@ enum Flag : uint8_t {
 
 struct Slot {
   uint8_t hash[kHashBytes];  // with `space`, the key of the page here
-  uint16_t space;
+  std::atomic<uint16_t> space;
   uint16_t owner;  // of a reservation, or of the spill in hand; 0: nobody
   std::atomic<uint32_t> generation;
   uint32_t prev, next;
@@ -82,10 +82,10 @@ struct Slab {
 
 struct Space {
   uint8_t name[kNamespaceBytes];
-  uint64_t pages;  // live or reserved
-  uint64_t bytes;  // of their slots
-  uint64_t quota;  // 0: none
-  uint32_t tick;   // of the batch that put a page there last
+  uint64_t pages;              // live or reserved
+  uint64_t bytes;              // of their slots
+  uint64_t quota;              // 0: none
+  std::atomic<uint32_t> tick;  // of the batch that used it last
   uint32_t spare;
 
   void take(uint64_t its_pages, uint64_t its_bytes) {

@@ -134,19 +134,51 @@ std::string Index::tagged(std::string_view space, Tag tag) {
   return text;
 }
 
-Index::Index(const IndexOptions& options) : map_bytes_(options.map_bytes) {
+Index::Index(const IndexOptions& options) : options_(options) { open(options.create); }
+
+void Index::open(bool create) {
   require(mdb_env_create(&env_), "create");
   try {
-    require(mdb_env_set_mapsize(env_, map_bytes_), "map size");
+    require(mdb_env_set_mapsize(env_, options_.map_bytes), "map size");
     require(mdb_env_set_maxdbs(env_, kTables), "tables");
     require(mdb_env_set_maxreaders(env_, kMaxReaders), "readers");
-    require(mdb_env_open(env_, options.path.c_str(), flags_of(options.sync), 0600), "open");
-    reap_readers();
-    open_tables(options.create);
+    require(mdb_env_open(env_, options_.path.c_str(), flags_of(options_.sync), 0600), "open");
+    int dead = 0;
+    require(mdb_reader_check(env_, &dead), "readers");
+    open_tables(create);
   } catch (...) {
     mdb_env_close(env_);
+    env_ = nullptr;
     throw;
   }
+}
+
+void Index::shut() {
+  for (MDB_txn* txn : idle_) mdb_txn_abort(txn);
+  idle_.clear();
+  if (env_ != nullptr) mdb_env_close(env_);
+  env_ = nullptr;
+}
+
+// Keeps the environment open for as long as it is held. Where a transaction of this thread is under
+// way nothing is opened anew, nor waited for: the next call may.
+Index::User Index::use() {
+  if (given_up_.load(std::memory_order_relaxed)) {
+    const std::unique_lock alone(users_, std::try_to_lock);
+    if (alone && given_up_) {
+      shut();
+      open(false);
+      given_up_ = false;
+    }
+  }
+  User user(users_);
+  if (env_ == nullptr) throw Failure(Reason::Io, "index: it could not be opened anew");
+  return user;
+}
+
+void Index::answer(int code, const char* doing) {
+  if (code == MDB_PANIC) given_up_ = true;
+  require(code, doing);
 }
 
 // Only who makes the store writes here: another process's transaction could keep us waiting.
@@ -167,12 +199,10 @@ void Index::open_tables(bool create) {
   require(mdb_txn_commit(txn), "commit");
 }
 
-Index::~Index() {
-  for (MDB_txn* txn : idle_) mdb_txn_abort(txn);
-  mdb_env_close(env_);
-}
+Index::~Index() { shut(); }
 
 unsigned Index::reap_readers() {
+  const User user = use();
   int dead = 0;
   require(mdb_reader_check(env_, &dead), "readers");
   return static_cast<unsigned>(dead);
@@ -181,6 +211,7 @@ unsigned Index::reap_readers() {
 // LMDB tells of its readers in text: a line "pid thread snapshot" for each, with a dash when it has
 // none.
 bool Index::has_old_reader() {
+  const User user = use();
   MDB_envinfo info;
   require(mdb_env_info(env_, &info), "info");
   uint64_t oldest = info.me_last_txnid;
@@ -195,7 +226,8 @@ bool Index::has_old_reader() {
   return oldest + 1 < info.me_last_txnid;
 }
 
-uint64_t Index::used_bytes() const {
+uint64_t Index::used_bytes() {
+  const User user = use();
   MDB_envinfo info;
   MDB_stat stat;
   require(mdb_env_info(env_, &info), "info");
@@ -204,6 +236,7 @@ uint64_t Index::used_bytes() const {
 }
 
 uint64_t Index::tree_bytes() {
+  const User user = use();
   MDB_txn* txn = borrow();
   MDB_stat stat{};
   const int code = mdb_stat(txn, index_, &stat);
@@ -213,6 +246,7 @@ uint64_t Index::tree_bytes() {
 }
 
 void Index::copy_compact(const std::string& path) {
+  const User user = use();
   require(mdb_env_copy2(env_, path.c_str(), MDB_CP_COMPACT), "copy");
 }
 
@@ -226,12 +260,12 @@ MDB_txn* Index::borrow() {
     }
   }
   if (txn == nullptr) {
-    require(mdb_txn_begin(env_, nullptr, MDB_RDONLY, &txn), "read");
+    answer(mdb_txn_begin(env_, nullptr, MDB_RDONLY, &txn), "read");
     return txn;
   }
   if (const int code = mdb_txn_renew(txn); code != 0) {
     mdb_txn_abort(txn);
-    require(code, "read");
+    answer(code, "read");
   }
   return txn;
 }
@@ -301,9 +335,9 @@ std::string Index::Read::meta(const std::string& name) const {
   return std::string(text_of(data));
 }
 
-Index::Write::Write(Index& index) : index_(index) {
-  if (const int error = step(Step::IndexBegin, 0, 0)) require(error, "begin");
-  require(mdb_txn_begin(index.env_, nullptr, 0, &txn_), "begin");
+Index::Write::Write(Index& index) : index_(index), user_(index.use()) {
+  if (const int error = step(Step::IndexBegin, 0, 0)) index.answer(error, "begin");
+  index.answer(mdb_txn_begin(index.env_, nullptr, 0, &txn_), "begin");
 }
 
 Index::Write::~Write() {
@@ -373,10 +407,10 @@ void Index::Write::set_meta(const std::string& name, std::string_view value) {
 }
 
 void Index::Write::commit() {
-  if (const int error = step(Step::IndexCommit, 0, 0)) require(error, "commit");
+  if (const int error = step(Step::IndexCommit, 0, 0)) index_.answer(error, "commit");
   MDB_txn* txn = txn_;
   txn_ = nullptr;  // LMDB frees it, whatever becomes of the commit
-  require(mdb_txn_commit(txn), "commit");
+  index_.answer(mdb_txn_commit(txn), "commit");
   step(Step::IndexCommitted, 0, 0);
 }
 

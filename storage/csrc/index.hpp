@@ -6,9 +6,11 @@
 
 #include <lmdb.h>
 
+#include <atomic>
 #include <functional>
 #include <mutex>
 #include <optional>
+#include <shared_mutex>
 #include <span>
 #include <string>
 #include <vector>
@@ -60,23 +62,33 @@ class Index {
   Index(const Index&) = delete;
   Index& operator=(const Index&) = delete;
 
-  unsigned reap_readers();      // of processes that were killed; they would make the file grow
-  bool has_old_reader();        // whether a snapshot of more than one commit ago is in use
-  uint64_t used_bytes() const;  // pages of the file that ever held something
-  uint64_t tree_bytes();        // pages of the index table's tree
-  uint64_t map_bytes() const { return map_bytes_; }
+  unsigned reap_readers();  // of processes that were killed; they would make the file grow
+  bool has_old_reader();    // whether a snapshot of more than one commit ago is in use
+  uint64_t used_bytes();    // pages of the file that ever held something
+  uint64_t tree_bytes();    // pages of the index table's tree
+  uint64_t map_bytes() const { return options_.map_bytes; }
   void copy_compact(const std::string& path);  // a smaller copy of the file
 
  private:
   friend class Read;
   friend class Write;
+  using User = std::shared_lock<std::shared_mutex>;
+
+  void open(bool create);
   void open_tables(bool create);
+  void shut();
+  User use();
+  void answer(int code, const char* doing);  // throws Failure
   MDB_txn* borrow();
   void give_back(MDB_txn* txn);
 
+  // LMDB gives an environment up when it cannot write its first pages; it is opened anew then, as
+  // soon as nobody in this process uses it.
+  IndexOptions options_;
+  std::shared_mutex users_;
+  std::atomic<bool> given_up_{false};
   MDB_env* env_ = nullptr;
   MDB_dbi index_ = 0, meta_ = 0, orphans_ = 0, pins_ = 0, quotas_ = 0;
-  uint64_t map_bytes_;
   std::mutex idle_lock_;
   std::vector<MDB_txn*> idle_;  // read transactions, reset
 };
@@ -84,7 +96,7 @@ class Index {
 // A snapshot. Hold it for lookups only: pages that a long one still sees cannot be used again.
 class Index::Read {
  public:
-  explicit Read(Index& index) : index_(index), txn_(index.borrow()) {}
+  explicit Read(Index& index) : index_(index), user_(index.use()), txn_(index.borrow()) {}
   ~Read() { index_.give_back(txn_); }
   Read(const Read&) = delete;
   Read& operator=(const Read&) = delete;
@@ -102,6 +114,7 @@ class Index::Read {
 
  private:
   Index& index_;
+  const User user_;
   MDB_txn* txn_;
 };
 
@@ -132,6 +145,7 @@ class Index::Write {
 
  private:
   Index& index_;
+  const User user_;
   MDB_txn* txn_ = nullptr;
 };
 

@@ -51,10 +51,8 @@ void Inspection::look_at(const Index::Read& snapshot, const Key& key, const Foun
 
 void Inspection::look_at_slots() {
   store_.for_each_slot([this](uint32_t number, const Slot& slot) {
-    live_ += slot.state == State::Live;
-    bytes_ += slot.state == State::Live ? control_.slot_bytes(number) : 0;
+    count(slot, control_.slot_bytes(number));
     if (slot.state == State::Reserved) {
-      ++reserved_;
       if (!store_.owners_.alive(slot.owner)) problem("a slot is held by a process that is gone");
     }
     if (slot.state != State::Live) return;
@@ -68,6 +66,24 @@ void Inspection::look_at_slots() {
     if (lined_up != should)
       problem("a page that may give way is in no list, or the other way round");
   });
+}
+
+// What the header, the namespaces and the owners have counted as well.
+void Inspection::count(const Slot& slot, uint64_t bytes) {
+  if (slot.state == State::Free) return;
+  const bool live = slot.state == State::Live, spilling = (slot.flags & kSpilling) != 0;
+  const bool reserved = !live && !spilling;  // forgotten while it is spilled, a page is neither
+  live_ += live;
+  bytes_ += live ? bytes : 0;
+  reserved_ += reserved;
+  reserved_bytes_ += reserved ? bytes : 0;
+  spilling_bytes_ += spilling ? bytes : 0;
+  dirty_bytes_ += slot.queue == Queue::Dirty ? bytes : 0;
+  if (slot.space < kSpaces) {
+    ++pages_in_[slot.space];
+    bytes_in_[slot.space] += bytes;
+  }
+  if ((reserved || spilling) && slot.owner < kOwners) ++held_[slot.owner];
 }
 
 void Inspection::look_at_class(uint32_t number) {
@@ -104,7 +120,15 @@ void Inspection::look_at_totals() {
   if (live_ + report_.corrupt.size() < entries_)
     problem("the index names pages that no slot holds");
   if (live_ > entries_) problem("slots hold pages that the index does not name");
-  if (reserved_ < header.reserved) problem("fewer slots are reserved than counted");
+  if (reserved_ != header.reserved || reserved_bytes_ != header.reserved_bytes)
+    problem("other slots are reserved than counted");
+  if (dirty_bytes_ != header.dirty_bytes || spilling_bytes_ != header.spilling_bytes)
+    problem("what goes below is other than counted");
+  for (uint32_t i = 0; i < kSpaces; ++i)
+    if (const Space& it = control_.space(i); pages_in_[i] != it.pages || bytes_in_[i] != it.bytes)
+      problem("a namespace counts other pages than it has");
+  for (uint32_t i = 1; i < kOwners; ++i)
+    if (held_[i] != control_.owner(i).held) problem("a process counts other slots than it holds");
 }
 
 Check SlabStore::check(bool repair, const Limits& limits) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <unordered_map>
 
 #include "slab_store.hpp"
@@ -24,7 +25,12 @@ class Inspection {
   SlabStore& store_;
   Control& control_;
   Check& report_;
-  uint64_t entries_ = 0, live_ = 0, reserved_ = 0, bytes_ = 0;
+  void count(const Slot& slot, uint64_t bytes);
+
+  uint64_t entries_ = 0, live_ = 0, reserved_ = 0, bytes_ = 0, dirty_bytes_ = 0;
+  uint64_t reserved_bytes_ = 0, spilling_bytes_ = 0;
+  std::array<uint64_t, kSpaces> pages_in_{}, bytes_in_{};
+  std::array<uint32_t, kOwners> held_{};
   std::unordered_map<uint32_t, uint32_t> children_;
   std::vector<uint64_t> free_in_ = std::vector<uint64_t>(kClasses);
 };

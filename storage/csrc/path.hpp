@@ -10,7 +10,7 @@
 #include <chrono>
 
 #include "device.hpp"
-#include "probe.hpp"
+#include "engines.hpp"
 
 namespace lmcache::io {
 
@@ -24,15 +24,17 @@ class Path {
 
   // Before a read. Looks whether there is enough to measure by, once when the file is opened and
   // then each time as much has been written.
-  void decide(SlotFile& file, BufferPool& buffers, unsigned depth, Engine& engine,
+  void decide(SlotFile& file, BufferPool& buffers, unsigned depth, Engines& engines,
               const Limits& limits) {
     if (decided_.load(std::memory_order_relaxed) || !has_time(limits)) return;
     if (unseen_.load(std::memory_order_relaxed) < Probe::kLeastBytes) return;
     unseen_.store(0, std::memory_order_relaxed);
     const Range range = file.written(Probe::kLeastBytes);
     if (range.begin == range.end || decided_.exchange(true)) return;
+    Engine& engine = engines.current();
     Probe probe(file, buffers, depth, range);
     through_buffers_ = file.direct() && probe.is_faster({engine, true}, {engine, false});
+    engines.decide(file, buffers, depth, range, through_buffers_);
   }
 
   void wrote(uint64_t bytes) {

@@ -1,5 +1,6 @@
 // What happens under the mutex: slots are taken, pages give way, written pages become visible.
 #include <algorithm>
+#include <bitset>
 #include <cstring>
 #include <ctime>
 #include <unordered_map>
@@ -36,7 +37,8 @@ void SlabStore::settle_left_over() {
     pages.swap(unsettled_);
   }
   for (const Job& job : jobs) release(job);
-  for (const auto& [page, outcome] : pages) settle_one(page, outcome);
+  for (const auto& [page, outcome] : pages)
+    if (!settle_one(page, outcome)) gone_.push_back(page.key);
 }
 
 // Reserves slots for the wanted pages, the first ones first. Of the batch's pages that are present
@@ -61,8 +63,9 @@ void SlabStore::reserve(const Batch& batch, std::span<const size_t> wanted,
     if (done == wanted.size() || !may_wait || !patient) return;
     wake();
     if (stalled_at_ == seen || limits.passed()) return;
-    if (!wait_for_room(seen, std::min(limits.deadline, Clock::now() + kRoomWait)))
-      stalled_at_ = seen;
+    const Deadline patience = Clock::now() + kRoomWait;
+    if (!wait_for_room(seen, std::min(limits.deadline, patience)) && patience <= limits.deadline)
+      stalled_at_ = seen;  // a caller in more of a hurry than that proves nothing
   }
 }
 
@@ -71,6 +74,7 @@ size_t SlabStore::reserve_some(const Batch& batch, std::span<const size_t> wante
                                std::span<const uint32_t> present, uint32_t now, bool force,
                                std::vector<Job>& jobs) {
   if (step(Step::Reserve, 0, wanted.size()) != 0) throw Failure(Reason::Io, "injected");
+  jobs.reserve(jobs.size() + wanted.size());  // not once slots are taken: it may fail
   Eviction eviction(index_);
   size_t done = 0, kept = 0;
   for (const size_t page : wanted) {
@@ -92,22 +96,33 @@ size_t SlabStore::reserve_some(const Batch& batch, std::span<const size_t> wante
   return done;
 }
 
-// The namespace's number. There are only so many: the one put to longest ago makes way, as a whole.
+// The namespace's number. There are only so many: the one used longest ago makes way, as a whole.
 uint32_t SlabStore::number_of_space(std::string_view name, uint32_t now, Eviction& eviction) {
   uint32_t number = control_.intern_space(name);
   if (number == kNone) {
-    uint32_t oldest = kNone;
-    for (uint32_t i = 0; i < kSpaces; ++i) {
-      const Space& it = control_.space(i);
-      if (it.quota == 0 && (oldest == kNone || now - it.tick > now - control_.space(oldest).tick))
-        oldest = i;
-    }
+    const uint32_t oldest = oldest_space(now);
     if (oldest == kNone) return kNone;
     forget_space(oldest, eviction);
     number = control_.intern_space(name);
   }
   if (number != kNone) control_.space(number).tick = now;
   return number;
+}
+
+// Of those that may go: without a quota, and with no page that must stay.
+uint32_t SlabStore::oldest_space(uint32_t now) {
+  std::bitset<kSpaces> stays;
+  for_each_slot([&](uint32_t, const Slot& slot) {
+    if (slot.state != State::Free && slot.space < kSpaces && must_stay(slot, now))
+      stays.set(slot.space);
+  });
+  uint32_t oldest = kNone;
+  for (uint32_t i = 0; i < kSpaces; ++i) {
+    const Space& it = control_.space(i);
+    if (it.quota != 0 || stays[i]) continue;
+    if (oldest == kNone || now - it.tick > now - control_.space(oldest).tick) oldest = i;
+  }
+  return oldest;
 }
 
 void SlabStore::forget_space(uint32_t number, Eviction& eviction) {
@@ -129,16 +144,17 @@ uint32_t SlabStore::take_slot(uint64_t page_bytes, uint32_t space, uint32_t now,
   const uint64_t bytes = slot_bytes_for(page_bytes);
   if (bytes > options_.shape.slab_bytes) return kNone;
   const Space& its = control_.space(space);
-  if (its.quota != 0 && its.bytes + bytes > its.quota &&
-      !evict_from_space(space, bytes, now, eviction))
-    return kNone;
+  if (its.quota != 0 && bytes > its.quota) return kNone;
+  while (its.quota != 0 && its.bytes + bytes > its.quota &&
+         !evict_from_space(space, its.quota - bytes, bytes, now, eviction))
+    if (!force || !give_up_dirty(space)) return kNone;
   while (control_.header().pages + control_.header().reserved >= options_.pages_most)
-    if (!evict_any(now, eviction)) return kNone;
+    if (!evict_any(now, eviction) && !(force && give_up_dirty(kNone))) return kNone;
   const uint32_t kind = kind_for(bytes);
   if (kind == kNone) return kNone;
   while (control_.kind(kind).free.count == 0) {
     if (make_room(kind, now, eviction)) continue;
-    if (!force || !give_up_dirty()) return kNone;
+    if (!force || !give_up_dirty(kNone)) return kNone;
   }
   return control_.kind(kind).free.newest;
 }
@@ -299,7 +315,7 @@ SlabStore::Kin SlabStore::kin_of_all(Eviction& eviction) {
     if (slot.state != State::Live) return;
     const Found found = eviction.changes().find(control_.key_of(number));
     if (found.kind == Found::Kind::Present && found.entry.parent != 0)
-      kin.emplace(found.entry.parent, number);
+      kin.emplace(std::pair(slot.space.load(), found.entry.parent), number);
   });
   return kin;
 }
@@ -308,7 +324,8 @@ SlabStore::Kin SlabStore::kin_of_all(Eviction& eviction) {
 bool SlabStore::add_descendants(std::vector<uint32_t>& doomed, uint32_t now, const Kin& kin) {
   std::unordered_set<uint32_t> taken(doomed.begin(), doomed.end());
   for (size_t i = 0; i < doomed.size(); ++i) {
-    const auto [begin, end] = kin.equal_range(control_.key_of(doomed[i]).tag());
+    const uint16_t space = control_.slot(doomed[i]).space;
+    const auto [begin, end] = kin.equal_range({space, control_.key_of(doomed[i]).tag()});
     for (auto child = begin; child != end; ++child) {
       if (taken.contains(child->second)) continue;
       if (must_stay(control_.slot(child->second), now)) return false;
@@ -358,15 +375,17 @@ bool SlabStore::evict_any(uint32_t now, Eviction& eviction) {
   return false;
 }
 
-// Makes room for so many bytes within a namespace's quota. Its pages stand among all others, so
-// this walks past those; for which it frees somewhat more than is asked for.
-bool SlabStore::evict_from_space(uint32_t space, uint64_t bytes, uint32_t now, Eviction& eviction) {
+// Leaves a namespace no more than so many bytes, if that can be. Its pages stand among all others,
+// so this walks past those; for which it frees some more, in pages of that size, where it frees
+// any.
+bool SlabStore::evict_from_space(uint32_t space, uint64_t most, uint64_t page_bytes, uint32_t now,
+                                 Eviction& eviction) {
   const Space& its = control_.space(space);
-  if (bytes > its.quota) return false;
-  const uint64_t enough = its.quota - bytes;
-  const uint64_t more = its.quota / kQuotaParts / bytes * bytes;
-  thin_out(space, enough - std::min(enough, more), now, eviction);
-  return its.bytes <= enough;
+  const uint64_t more = its.quota / kQuotaParts / page_bytes * page_bytes;
+  // What was used since the last time is spared in the first round, and may end behind the walk.
+  for (int round = 0; round < 2 && its.bytes > most; ++round)
+    thin_out(space, most - std::min(most, more), now, eviction);
+  return its.bytes <= most;
 }
 
 // Evicts a namespace's pages, oldest first, until it has no more than so many bytes.
@@ -381,57 +400,67 @@ void SlabStore::thin_out(uint32_t space, uint64_t wanted, uint32_t now, Eviction
         if (its.bytes <= wanted || queued >= queued_at_once()) return;
         if (left-- == 0) throw ControlDamaged("a list leads in a circle");
         next = control_.slot(at).prev;
-        if (control_.slot(at).space == space) queued += let_go(at, now, eviction);
+        if (control_.slot(at).space == space) queued += let_go(at, wanted, now, eviction);
       }
     }
   }
 }
 
-// Evicts a page, unless it must stay, or was used since the last time. Bytes that go below first.
-uint64_t SlabStore::let_go(uint32_t number, uint32_t now, Eviction& eviction) {
-  Slot& slot = control_.slot(number);
-  if (slot.tick == now || slot.pinned_until > seconds_now()) return 0;
-  if (slot.visited.exchange(0) != 0) {  // to the end of its list, where this walk may come again
-    delist(number);
-    enlist(number);
-  } else if (options_.below == Spill::OnEvict && (slot.flags & kUnspilled) != 0) {
-    make_dirty(number);
-    return control_.slot_bytes(number);
-  } else {
-    evict(number, eviction);
+// Evicts a page, unless it must stay, or was used since the last time; and its ancestors, which
+// come into the lists one after the other, where this walk has been already. Bytes that go below
+// first.
+uint64_t SlabStore::let_go(uint32_t number, uint64_t wanted, uint32_t now, Eviction& eviction) {
+  while (number != kNone) {
+    Slot& slot = control_.slot(number);
+    if (slot.tick == now || slot.pinned_until > seconds_now()) return 0;
+    if (slot.visited.exchange(0) != 0) {
+      delist(number);
+      enlist(number);
+      return 0;
+    }
+    if (options_.below == Spill::OnEvict && (slot.flags & kUnspilled) != 0) {
+      make_dirty(number);
+      return control_.slot_bytes(number);
+    }
+    const Space& its = control_.space(slot.space);
+    number = evict(number, eviction);
+    if (its.bytes <= wanted) return 0;
   }
   return 0;
 }
 
-void SlabStore::evict(uint32_t number, Eviction& eviction) {
+// The slot of its parent, if that may go now.
+uint32_t SlabStore::evict(uint32_t number, Eviction& eviction) {
   const Key key = control_.key_of(number);
   const Found found = eviction.changes().find(key);
   if (found.kind == Found::Kind::Absent)
     throw ControlDamaged("a live slot's page is not in the index");
-  drop(key, found, eviction.changes());
+  const uint32_t parent = drop(key, found, eviction.changes());
   eviction.count_one();
   ++control_.header().evicted;
+  return parent;
 }
 
-// Takes a page out of index and slots.
-void SlabStore::drop(const Key& key, const Found& found, Index::Write& changes) {
+// Takes a page out of index and slots. The slot of its parent, if that may go now.
+uint32_t SlabStore::drop(const Key& key, const Found& found, Index::Write& changes) {
   changes.erase(key);
   const uint32_t number = found.kind == Found::Kind::Present ? slot_of(found.entry) : kNone;
   if (number == kNone || control_.slot(number).state != State::Live ||
       control_.key_of(number) != key) {
     rebuild_next_ = true;  // a damaged entry: which slot it had, only a walk tells
-    return;
+    return kNone;
   }
   Slot& slot = control_.slot(number);
   if (slot.pinned_until != 0) changes.set_pin(key, 0);
   if (slot.children != 0) changes.set_orphans(key.space(), key.tag(), slot.children);
-  leave_parent(key, found.entry.parent, slot.tick, changes);
+  const uint32_t parent = leave_parent(key, found.entry.parent, slot.tick, changes);
   delist(number);
   count_out(number);
   if (slot.flags & kSpilling)
     slot.state = State::Reserved;  // its writer frees it
   else
     free_slot(number);
+  return parent;
 }
 
 void SlabStore::count_out(uint32_t number) {
@@ -560,12 +589,14 @@ void SlabStore::make_dirty(uint32_t number) {
   control_.header().dirty_bytes += control_.slot_bytes(number);
 }
 
-// The tier below does not take pages: the oldest leaf that waits for it may go without.
-bool SlabStore::give_up_dirty() {
+// The tier below does not take pages: the oldest leaf that waits for it, of one namespace or of
+// any, may go without.
+bool SlabStore::give_up_dirty(uint32_t space) {
   uint64_t left = control_.believable(control_.header().dirty.count);
   for (uint32_t at = control_.header().dirty.oldest; at != kNone; at = control_.slot(at).prev) {
     if (left-- == 0) throw ControlDamaged("a list leads in a circle");
     if (control_.slot(at).children != 0) continue;
+    if (space != kNone && control_.slot(at).space != space) continue;
     delist(at);
     ++control_.header().lost;
     policy_->restore(control_.kind_of(at), at);
@@ -587,23 +618,25 @@ void SlabStore::join_parent(const Key& key, Tag parent, Index::Write& changes) {
   if (slot.queue == Queue::Small || slot.queue == Queue::Main) delist(number);
 }
 
-// last_used: the tick of the page that leaves.
-void SlabStore::leave_parent(const Key& key, Tag parent, uint32_t last_used,
-                             Index::Write& changes) {
-  if (parent == 0) return;
+// last_used: the tick of the page that leaves. The slot of its parent, if that may go now.
+uint32_t SlabStore::leave_parent(const Key& key, Tag parent, uint32_t last_used,
+                                 Index::Write& changes) {
+  if (parent == 0) return kNone;
   const auto found = changes.find_tag(key.space(), parent);
   const uint32_t number = found ? slot_of(found->second) : kNone;
   if (number == kNone) {
     const uint32_t orphans = changes.orphans(key.space(), parent);
     changes.set_orphans(key.space(), parent, orphans == 0 ? 0 : orphans - 1);
-    return;
+    return kNone;
   }
   Slot& slot = control_.slot(number);
-  if (slot.children == 0 || --slot.children != 0) return;
+  if (slot.children == 0 || --slot.children != 0) return kNone;
   // Each use of the page that left was one of its parent. They have had their chance; only a later
   // one counts, or a dead chain would take a round of the policy for each of its pages.
   if (static_cast<int32_t>(slot.tick - last_used) <= 0) slot.visited = 0;
-  if (may_give_way(slot)) policy_->restore(control_.kind_of(number), number);
+  if (!may_give_way(slot)) return kNone;
+  policy_->restore(control_.kind_of(number), number);
+  return number;
 }
 
 std::vector<SlabStore::Job> SlabStore::publish(std::span<const Job> written, const Batch& batch,
@@ -655,13 +688,27 @@ void SlabStore::publish_one(Job& job, const Key& key, const Transfer& done, Tag 
   }
   if (found.kind == Found::Kind::Damaged)
     rebuild_next_ = true;  // it had a slot, which only a walk finds
-  if (parent == key.tag()) parent = 0;
+  const uint32_t waiting = changes.orphans(key.space(), key.tag());
+  if (parent == key.tag() || (waiting != 0 && descends(changes, key.space(), parent, key.tag())))
+    parent = 0;
   changes.put(key, {done.offset, static_cast<uint32_t>(done.bytes), job.generation, done.checksum,
                     control_.header().sequence++, parent, 0, 0});
   Slot& slot = control_.slot(job.slot);
-  slot.children = changes.orphans(key.space(), key.tag());
-  if (slot.children != 0) changes.set_orphans(key.space(), key.tag(), 0);
+  slot.children = waiting;
+  if (waiting != 0) changes.set_orphans(key.space(), key.tag(), 0);
   join_parent(key, parent, changes);
+}
+
+// Whether a page has another one among its ancestors. Pages that name each other as parents would
+// all have descendants, and none could ever go.
+bool SlabStore::descends(const Index::Write& changes, std::string_view space, Tag from, Tag of) {
+  for (uint64_t left = control_.header().pages + 1; from != 0 && left > 0; --left) {
+    if (from == of) return true;
+    const auto found = changes.find_tag(space, from);
+    if (!found) return false;
+    from = found->second.parent;
+  }
+  return false;
 }
 
 // A page is of no use below without its ancestors: those that were held back go there with it.

@@ -13,6 +13,7 @@ namespace lmcache {
 namespace {
 
 constexpr size_t kClearChunk = kIndexBatch;  // pages forgotten in one hold of the mutex
+constexpr uint64_t kQuotaAtOnce = kIndexBatch * kBlock;
 constexpr auto kReleaseWait = std::chrono::milliseconds(200);
 constexpr auto kAttachWait = std::chrono::seconds(10);
 constexpr auto kGlance = std::chrono::milliseconds(1);  // LMDB has no way to wait for a reader
@@ -97,6 +98,7 @@ uint32_t SlabStore::slot_of(const Entry& entry) const {
 void SlabStore::touch(uint32_t number, uint32_t now) {
   Slot& slot = control_.slot(number);
   slot.tick.store(now, std::memory_order_relaxed);
+  control_.space(slot.space).tick.store(now, std::memory_order_relaxed);
   const uint8_t visited = slot.visited.load(std::memory_order_relaxed);
   if (visited < 3) slot.visited.store(static_cast<uint8_t>(visited + 1), std::memory_order_relaxed);
   const uint8_t flags = slot.flags.load(std::memory_order_relaxed);
@@ -151,9 +153,10 @@ std::vector<Lookup> SlabStore::read(const Batch& into, const Limits& limits,
 
 // Whether there is something to read; otherwise `outcome` says what became of the page.
 bool SlabStore::prepare_read(const Found& found, uint64_t bytes, Lookup& outcome) const {
-  outcome = found.kind == Found::Kind::Absent ? Lookup::Miss : Lookup::Corrupt;
-  return found.kind == Found::Kind::Present && found.entry.length == bytes &&
-         slot_of(found.entry) != kNone;
+  const bool here = found.kind == Found::Kind::Present;
+  const bool other = here && found.entry.length != bytes;  // whole, and not what is asked for
+  outcome = found.kind == Found::Kind::Absent || other ? Lookup::Miss : Lookup::Corrupt;
+  return here && !other && slot_of(found.entry) != kNone;
 }
 
 // Reads the wanted pages; those that did not come whole are returned.
@@ -285,8 +288,10 @@ SlabStore::Sorted SlabStore::sort(const Batch& batch, std::span<const Tag> paren
         touch_parent(snapshot, batch.keys[i], parents[i], now);
         continue;
       }
-      outcome[i] = Stored::Present;
       sorted.present[i] = slot;
+      if (found.entry.length != batch.bytes[i])
+        continue;  // another page under the same key: refused
+      outcome[i] = Stored::Present;
       touch(slot, sorted.absent.empty() ? now : now - 1);
       if (spill == Spill::OnEvict && (control_.slot(slot).flags & kHeld))
         admit(control_.slot(slot));
@@ -375,16 +380,35 @@ void SlabStore::pin(std::span<const Key> keys, uint32_t until, Deadline deadline
 }
 
 void SlabStore::set_quota(std::string_view space, uint64_t bytes, Deadline deadline) {
+  uint32_t number = kNone;
   patiently(deadline, [&] {
     const Change change(*this, deadline);
+    if (bytes == 0 && control_.find_space(space) == kNone) return;  // it has none
     Eviction eviction(index_);
-    const uint32_t number = number_of_space(space, tick(), eviction);
+    number = number_of_space(space, tick(), eviction);
     if (number == kNone)
       throw Failure(Reason::Full, "every namespace that the store has room for has a quota");
     eviction.changes().set_quota(space, bytes);
     eviction.commit();
     control_.space(number).quota = bytes;
   });
+  while (bytes != 0 && patiently(deadline, [&] { return shrink_to_quota(number, deadline); })) {
+  }
+  advance(control_.header().room);
+}
+
+// Evicts some of what a namespace has beyond its quota; false when there was nothing, or nothing
+// may go.
+bool SlabStore::shrink_to_quota(uint32_t number, Deadline deadline) {
+  const Change change(*this, deadline);
+  const Space& its = control_.space(number);
+  const uint64_t before = its.bytes;
+  if (its.quota == 0 || before <= its.quota) return false;
+  Eviction eviction(index_);
+  const uint64_t some = std::min(before - its.quota, kQuotaAtOnce);
+  evict_from_space(number, before - some, its.quota, tick(), eviction);
+  eviction.commit();
+  return its.bytes < before;
 }
 
 std::vector<Lent> SlabStore::lend(uint64_t bytes_most, Deadline deadline) {
@@ -432,6 +456,7 @@ std::vector<Key> SlabStore::settle(std::span<const Lent> pages, std::span<const 
   std::vector<Key> gone, damaged;
   try {
     const Change change(*this, deadline);
+    gone.swap(gone_);
     for (size_t i = 0; i < pages.size(); ++i) {
       if (!settle_one(pages[i], outcome[i])) gone.push_back(pages[i].key);
       if (outcome[i] == Stored::Damaged) damaged.push_back(pages[i].key);
@@ -451,7 +476,7 @@ bool SlabStore::settle_one(const Lent& page, Stored outcome) {
   Slot& slot = control_.slot(page.slot);
   const bool ours = slot.owner == owners_.self() && slot.generation == page.generation &&
                     (slot.flags & kSpilling) != 0 && control_.is_of_its_slab(page.slot);
-  if (!ours) return true;  // all was made anew meanwhile
+  if (!ours) return is_here(page);  // all was made anew meanwhile
   unhold(page.slot);
   if (slot.state == State::Reserved) {
     free_slot(page.slot);
@@ -462,13 +487,23 @@ bool SlabStore::settle_one(const Lent& page, Stored outcome) {
     control_.header().dirty_bytes += control_.slot_bytes(page.slot);
     return true;
   }
-  if (outcome == Stored::Failed || outcome == Stored::Refused) slot.flags.fetch_or(kUnspilled);
+  // Refused, a page that is to go goes without: asking again would only keep those waiting that
+  // need its room.
+  const bool given_up = outcome == Stored::Refused && options_.below == Spill::OnEvict;
+  if (given_up) ++control_.header().lost;
+  if (outcome == Stored::Failed || (outcome == Stored::Refused && !given_up))
+    slot.flags.fetch_or(kUnspilled);
   // Written back because it was to go, it goes first.
   if (options_.below == Spill::OnEvict && may_give_way(slot))
     policy_->restore(control_.kind_of(page.slot), page.slot);
   else
     enlist(page.slot);
   return true;
+}
+
+bool SlabStore::is_here(const Lent& page) {
+  const Found found = Index::Read(index_).find(page.key);
+  return found.kind == Found::Kind::Present && found.entry.generation == page.generation;
 }
 
 size_t SlabStore::queue_unspilled(bool touched_only, uint64_t bytes_most, Deadline deadline) {

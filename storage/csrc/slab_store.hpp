@@ -9,12 +9,12 @@
 #pragma once
 
 #include <atomic>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <span>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "control.hpp"
@@ -150,7 +150,8 @@ class SlabStore {
   class Change;
   class Eviction;
   class Reservation;
-  using Kin = std::unordered_multimap<Tag, uint32_t>;  // slots, by the parent that they name
+  // Slots, by the parent that they name: of one namespace, as others have pages of the same hash.
+  using Kin = std::multimap<std::pair<uint16_t, Tag>, uint32_t>;
 
   uint32_t slot_of(const Entry& entry) const;
   uint32_t tick() { return control_.header().clock.fetch_add(1) + 1; }
@@ -195,6 +196,7 @@ class SlabStore {
                       std::span<const uint32_t> present, uint32_t now, bool force,
                       std::vector<Job>& jobs);
   uint32_t number_of_space(std::string_view name, uint32_t now, Eviction& eviction);
+  uint32_t oldest_space(uint32_t now);
   void forget_space(uint32_t number, Eviction& eviction);
   uint32_t take_slot(uint64_t page_bytes, uint32_t space, uint32_t now, bool force,
                      Eviction& eviction);
@@ -214,12 +216,13 @@ class SlabStore {
   uint64_t queued_at_once() const;
   void queue_slab(uint32_t slab);
   bool evict_any(uint32_t now, Eviction& eviction);
-  bool evict_from_space(uint32_t space, uint64_t bytes, uint32_t now, Eviction& eviction);
+  bool evict_from_space(uint32_t space, uint64_t most, uint64_t page_bytes, uint32_t now,
+                        Eviction& eviction);
   void thin_out(uint32_t space, uint64_t wanted, uint32_t now, Eviction& eviction);
-  uint64_t let_go(uint32_t slot, uint32_t now, Eviction& eviction);
-  void evict(uint32_t slot, Eviction& eviction);
+  uint64_t let_go(uint32_t slot, uint64_t wanted, uint32_t now, Eviction& eviction);
+  uint32_t evict(uint32_t slot, Eviction& eviction);
   void evict_leaves_first(std::vector<uint32_t> slots, Eviction& eviction);
-  void drop(const Key& key, const Found& found, Index::Write& changes);
+  uint32_t drop(const Key& key, const Found& found, Index::Write& changes);
   void count_out(uint32_t slot);
 
   void reserve_slot(uint32_t slot, uint32_t space, const Key& key);
@@ -236,10 +239,13 @@ class SlabStore {
   void delist(uint32_t slot);  // out of whichever list it is in
   bool may_give_way(const Slot& slot) const;
   void make_dirty(uint32_t slot);
-  bool give_up_dirty();
+  bool give_up_dirty(uint32_t space);
   bool settle_one(const Lent& page, Stored outcome);
+  bool is_here(const Lent& page);
+  bool shrink_to_quota(uint32_t space, Deadline deadline);
   void join_parent(const Key& key, Tag parent, Index::Write& changes);
-  void leave_parent(const Key& key, Tag parent, uint32_t last_used, Index::Write& changes);
+  uint32_t leave_parent(const Key& key, Tag parent, uint32_t last_used, Index::Write& changes);
+  bool descends(const Index::Write& changes, std::string_view space, Tag from, Tag of);
   void publish_one(Job& job, const Key& key, const Transfer& done, Tag parent,
                    Index::Write& changes);
   void bring_ancestors(const Key& key, Tag parent, Spill spill, const Index::Write& changes);
@@ -267,6 +273,7 @@ class SlabStore {
   bool rebuild_next_ = false;                // under the mutex
   std::atomic<uint32_t> stalled_at_{kNone};  // value of `room` when a wait for it was in vain
   std::mutex abandoned_lock_;
+  std::vector<Key> gone_;  // of pages lent that were forgotten meanwhile; told to who settles next
   std::vector<std::pair<Lent, Stored>> unsettled_;  // pages lent, whose return had no lock in time
   std::vector<Job> abandoned_;  // reservations whose release had no lock in time
 };

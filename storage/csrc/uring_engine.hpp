@@ -56,8 +56,10 @@ class UringRun {
   bool begin(size_t request, bool may_wait) {
     BufferPool::Loan loan;
     if (batch_[request].needs_buffer) {
-      loan = may_wait ? batch_.buffers().take() : batch_.buffers().try_take();
-      if (!loan) return false;
+      auto& buffers = batch_.buffers();
+      loan = may_wait ? buffers.take(batch_.limits()) : buffers.try_take();
+      if (!loan && may_wait) batch_.fail(request, ECANCELED);
+      if (!loan) return may_wait;
     }
     Place& place = *std::ranges::find_if(places_, [](const Place& p) { return !p.flight; });
     place.flight.emplace(batch_.flight(request, loan.address()));

@@ -329,6 +329,7 @@ def _resized(
     )
     if wanted.slabs < its_head.slabs:
         _forget_beyond(place, its_head, wanted.slabs, settings, below)
+        _allocate(place, wanted)  # first: what it frees is room for the index's smaller copy
         _shrink_index(place, wanted, in_use)
     else:  # before the head says so: a full disk then leaves the store as it was
         _allocate(place, wanted)

@@ -11,6 +11,7 @@ import pytest
 
 from lmcache_sglang.storage.base import NAMESPACE_BYTES, Below, Limits, Lookup, Stored
 from lmcache_sglang.storage.slab.opening import Place
+from lmcache_sglang.storage.slab.settings import SlabSettings
 from lmcache_sglang.storage.slab.tier import SlabTier
 from lmcache_sglang.testing.tier_suite import ROOMY, EngineMemory, a_key, bytes_of, read, write
 
@@ -97,3 +98,36 @@ def test_written_back_pages_go_below_before_they_make_room(folder: Path) -> None
         assert write_apart(upper, new) == [Stored.STORED] * QUOTA
         assert read(lower, old, PAGE) == [Lookup.HIT] * QUOTA
         assert upper.check().ok
+
+
+def test_a_lower_quota_holds_at_once(tier: SlabTier) -> None:
+    tier.set_quota(LIMITED, 0)
+    assert write(tier, pages(300), PAGE) == [Stored.STORED] * 300  # a chain
+    tier.set_quota(LIMITED, 20 * PAGE)
+    assert tier.exists(pages(300)) == [True] * 20 + [False] * 280
+
+
+def test_a_chain_gives_up_its_end_in_one_walk(tier: SlabTier) -> None:
+    tier.set_quota(LIMITED, 160 * PAGE)
+    assert write(tier, pages(160), PAGE) == [Stored.STORED] * 160
+    assert write_apart(tier, pages(1, start=1000)) == [Stored.STORED]
+    assert tier.exists(pages(160)) == [True] * 149 + [False] * 11
+
+
+def test_s3_fifo_finds_what_it_spared(folder: Path) -> None:
+    """A page that was used goes from the main queue to the small one, which a walk has passed by then."""
+    settings = SlabSettings(eviction="s3-fifo")
+    with closing(SlabTier(Place(folder, memory=True), 2 << 20, settings)) as tier:
+        old = pages(40)
+        write_apart(tier, old)
+        for _ in range(3):
+            read(tier, old, PAGE)
+        for start in range(0, 3000, 100):  # so that they move to the main queue
+            write_apart(tier, pages(100, OTHER, start))
+        left = [key for key, here in zip(old, tier.exists(old), strict=True) if here]
+        assert left, "they were to outlive the others"
+        tier.set_quota(LIMITED, len(left) * PAGE)
+        read(tier, left, PAGE)
+        for number in range(4):
+            assert write_apart(tier, pages(1, start=500 + number)) == [Stored.STORED]
+        assert tier.check().ok
