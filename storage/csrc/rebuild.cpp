@@ -154,6 +154,8 @@ void Rebuild::place(const Key& key, const Found& found) {
   const bool same = slot.generation == entry.generation &&
                     std::memcmp(slot.hash, key.hash().data(), kHashBytes) == 0;
   if (!same) slot.tick = slot.visited = 0;
+  // The clock begins anew with the control block; what was used before must not seem used now.
+  if (Header& header = control_.header(); header.clock < slot.tick) header.clock = slot.tick.load();
   occupy(number, key, State::Live);
   slot.generation = entry.generation;
   Header& header = control_.header();

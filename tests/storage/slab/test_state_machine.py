@@ -146,6 +146,10 @@ class Machine(RuleBasedStateMachine):
     def set_quota(self, namespace: bytes, slots: int) -> None:
         self.tier.set_quota(namespace, slots * BLOCK)
         self.quotas[namespace] = slots * BLOCK
+        gone = self.look_who_gave_way(new=set())
+        assert all(namespace_of(number) == namespace for number in gone)
+        if not self.pinned and slots:
+            assert self.used_by(namespace) <= slots * BLOCK
 
     # What happens to it.
 
