@@ -115,7 +115,7 @@ def _grow(
     """Each count in a process of its own, so that memory is counted from the start."""
     ours = next(spec for spec in SPECS if spec.family == "ours")
     for medium, entries in steps:
-        place = places[medium] / "growth"
+        place = places.get(medium, places["dram"]) / "growth"
         crew = Crew(
             ours, Size(page_bytes=0, pages=0, batch_pages=0), place, deadline=GROWTH_SECONDS
         )

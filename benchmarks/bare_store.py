@@ -13,6 +13,7 @@ from lmcache_sglang.storage.slab.settings import Eviction
 
 SLAB_BYTES = 1 << 20
 INDEX_BYTES_A_PAGE = 256
+BYTES_A_PAGE = INDEX_BYTES_A_PAGE + 64 + 8  # with its slot in the control block, and its ghost
 
 
 def bare_store(directory: Path, pages: int, eviction: Eviction = "sieve") -> _native.SlabStore:

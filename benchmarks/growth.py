@@ -29,7 +29,7 @@ def measure(medium: str, directory: Path, count: int) -> Message:
     """Fill a store with `count` pages and time it."""
     directory.mkdir(parents=True, exist_ok=True)
     numbers = itertools.count()
-    _require_room(medium, directory, ours.index_capacity(count + SPARE))
+    _require_room(medium, directory, ours.index_capacity(medium, count + SPARE))
     with ours.index(medium, directory, count + SPARE) as index:
         memory = arena(FILL, index.page_bytes)  # named, so that it stays
         pages = ours.segments(addresses(memory), index.page_bytes)
@@ -86,7 +86,9 @@ def _time(call: Callable[[list[bytes]], object], batches: Iterable[list[bytes]])
 
 
 def _evicting(
-    index: ours.Index, insert: Callable[[list[bytes]], None], numbers: Iterator[int]
+    index: ours.Index | ours.BareIndex,
+    insert: Callable[[list[bytes]], None],
+    numbers: Iterator[int],
 ) -> list[float]:
     """The same for inserts that evict: those after the store has become full."""
     keys = _keys(numbers)
@@ -102,7 +104,7 @@ def _p99(values: list[float]) -> float:
 def _require_room(medium: str, directory: Path, size: int) -> None:
     """Leave some of what is free: the machine is not ours alone."""
     free = shutil.disk_usage(directory).free
-    if medium == "dram":
+    if medium != "nvme":
         free = min(free, _available_memory())
     if size > free * MOST_OF_FREE:
         raise SubjectError(f"it takes {size >> 20:,} MiB and {free >> 20:,} MiB are free")

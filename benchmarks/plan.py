@@ -60,7 +60,7 @@ QUICK = Plan(
     rounds=3,
     cells=(_overhead(), *_cells((256 * KIB, 2 * MIB), 128 * MIB)),
     reopen_pages=10_000,
-    growth=(("dram", 10**4), ("dram", 10**5), ("nvme", 10**4)),
+    growth=(("dram", 10**4), ("nvme", 10**4), ("index alone", 10**5)),
 )
 DEFAULT = Plan(
     rounds=7,
@@ -70,7 +70,10 @@ DEFAULT = Plan(
         *_processes((2, 4)),
     ),
     reopen_pages=100_000,
-    growth=tuple((medium, 10**n) for medium in ("dram", "nvme") for n in (4, 5, 6)),
+    growth=(
+        *((medium, 10**n) for medium in ("dram", "nvme") for n in (4, 5)),
+        *(("index alone", 10**n) for n in (4, 5, 6, 7)),
+    ),
 )
 FULL = Plan(
     rounds=11,
@@ -80,5 +83,8 @@ FULL = Plan(
         *_processes((2, 3, 4)),
     ),
     reopen_pages=100_000,
-    growth=tuple((medium, 10**n) for medium in ("dram", "nvme") for n in (4, 5, 6, 7)),
+    growth=(
+        *((medium, 10**n) for medium in ("dram", "nvme") for n in (4, 5, 6)),
+        *(("index alone", 10**n) for n in (4, 5, 6, 7)),
+    ),
 )

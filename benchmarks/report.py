@@ -166,7 +166,7 @@ def _growth(results: Results) -> list[str]:
             f"{one.insert:.2f} ({one.insert_p99:.2f})",
             f"{one.evict:.2f}",
             f"{one.index_bytes:.0f}",
-            f"{one.beside_bytes:.0f}",
+            f"{one.beside_bytes:.0f}" if one.beside_bytes else "",
         ]
         for one in results.grown
     ]
@@ -182,7 +182,8 @@ def _growth(results: Results) -> list[str]:
     text = (
         "Ours alone. Microseconds a key in batches of 128: median and, in brackets, 99th percentile. "
         "An insert is a whole put of the smallest page; on disk it includes the sync of each batch. "
-        "Index bytes, a page: what the index uses. All bytes, a page: what is allocated for all files but the pages' own."
+        "`index alone` is a store that keeps no pages: the same index, lists and policy, in memory, with room for "
+        "more than this machine's disk has. Index bytes, a page: what the index uses. All bytes, a page: what is allocated for all files but the pages' own."
     )
     return ["## The index as it grows", text, _rows(head, rows)]
 

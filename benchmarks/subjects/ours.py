@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from benchmarks.bare_store import BYTES_A_PAGE, bare_store
 from benchmarks.subjects.base import Batch, Options, Subject, SubjectError, addresses, drop_files
 from lmcache_sglang import Config, Store
 from lmcache_sglang.kernels.pages import PageSegments
@@ -20,9 +21,13 @@ from lmcache_sglang.storage.slab.plan import BLOCK, Plan
 from lmcache_sglang.storage.slab.settings import SlabSettings
 from lmcache_sglang.storage.slab.tier import SlabTier
 
+if TYPE_CHECKING:
+    from lmcache_sglang.storage._native import SlabStore
+
 NAMESPACE = hashlib.sha256(b"benchmarks").digest()[:16]
 SPARE = 2  # times the bytes of a round: what a store is given, so that none evicts by accident
 LEAST = 64 << 20
+ALONE = "index alone"  # a medium that keeps nothing
 DEPTH = SlabSettings().queue_depth  # of our reads and writes; raw direct I/O is measured at it too
 
 Outcome = TypeVar("Outcome", Stored, Lookup)
@@ -217,26 +222,63 @@ class Index:
 
 @contextmanager
 def _planned_for_small_pages() -> Iterator[None]:
-    """A store is planned for pages of 16 KiB and more, so that 10^7 smaller ones take 160 GB. What is timed
-    here is the index alone: let the plan be for the smallest pages, and 10^7 of them take 44 GB.
+    """A store is planned for pages of 16 KiB and more. What is timed here is the index: let the plan be for
+    pages as small as its slots.
     """
-    before = plan.PAGE_USUAL, plan.SLOTS_MOST
-    plan.PAGE_USUAL, plan.SLOTS_MOST = BLOCK, plan.SLAB_MOST // BLOCK
+    before = plan.PAGE_USUAL
+    plan.PAGE_USUAL = BLOCK
     try:
         yield
     finally:
-        plan.PAGE_USUAL, plan.SLOTS_MOST = before
+        plan.PAGE_USUAL = before
 
 
-def index_capacity(room: int) -> int:
+class BareIndex:
+    """As `Index`, of a store that keeps no pages: with room for more than memory or disk have."""
+
+    page_bytes = BLOCK
+
+    def __init__(self, store: SlabStore) -> None:
+        self._store = store
+
+    def insert(self, keys: Sequence[bytes], pages: PageSegments) -> None:
+        named = [page_key(NAMESPACE, key) for key in keys]
+        sizes, per_page = pages.sizes, pages.per_page
+        codes = self._store.put(named, pages.addresses, sizes, per_page, None, None, "never", 60.0)
+        if any(codes):
+            raise SubjectError("a page was not taken")
+
+    def lookup(self, keys: Sequence[bytes]) -> int:
+        return sum(self._store.exists([page_key(NAMESPACE, key) for key in keys]))
+
+    @property
+    def evicted(self) -> int:
+        return self._store.counts()["evicted"]
+
+    @property
+    def index_bytes_per_page(self) -> float:
+        counts = self._store.counts()
+        return counts["index_bytes"] / counts["pages"]
+
+    @property
+    def bytes_beside_pages(self) -> int:
+        return 0  # its files are not those of a store
+
+
+def index_capacity(medium: str, room: int) -> int:
     """Bytes that `index` takes."""
+    if medium == ALONE:
+        return room * BYTES_A_PAGE
     with _planned_for_small_pages():
         return bytes_for(room)
 
 
 @contextmanager
-def index(medium: str, directory: Path, room: int) -> Iterator[Index]:
+def index(medium: str, directory: Path, room: int) -> Iterator[Index | BareIndex]:
     """An empty store with room for so many of the smallest pages, and then it evicts."""
+    if medium == ALONE:
+        yield BareIndex(bare_store(directory, room))
+        return
     with _planned_for_small_pages():
         tier = _open(medium, directory, bytes_for(room))
     try:

@@ -253,7 +253,8 @@ class TierSuite:
         write(tier, [key])
         for size in (PAGE - 1, PAGE + 1, 1, 2 * PAGE):
             assert read(tier, [key], size) == [Lookup.MISS]
-            assert write(tier, [key], size) == [Stored.REFUSED]
+            other = EngineMemory([bytes_of(key, size)])
+            assert tier.put([key], other.segments) == [Stored.REFUSED]
         assert write(tier, [key]) == [Stored.PRESENT]
         assert read(tier, [key]) == [Lookup.HIT]
 
