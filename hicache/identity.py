@@ -49,7 +49,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
     settings: dict[str, str]  # of the engine, that change what is computed
 
 
-class PageIdentity(msgspec.Struct, frozen=True, kw_only=True):
+class PageIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Which part of a token's KV a page holds, and in what order its bytes lie."""
 
     pool: str
@@ -64,7 +64,10 @@ class PageIdentity(msgspec.Struct, frozen=True, kw_only=True):
     total_heads: int  # 0: all on each rank
     head_dims: tuple[int, int]  # of K and V
     layout: str  # order of the bytes
-    slices: dict[str, int]  # context-parallel coordinates, where a page is cut along its tokens
+    slices: dict[
+        str, int
+    ]  # coordinates of the rank, where a page is cut by more than heads and layers
+    shape: dict[str, str] = {}  # of state that is no plain K and V
 
 
 def namespace(model: ModelIdentity, page: PageIdentity) -> bytes:

@@ -11,6 +11,20 @@ if TYPE_CHECKING:
     import torch
 
 
+# What says how the bytes of a page are arranged, of the pools that have such a thing.
+_SHAPE = (
+    "conv_state_shapes",
+    "conv_dtype",
+    "temporal_state_shape",
+    "temporal_dtype",
+    "indexer_page_stride_size",
+    "item_bytes",
+    "slot_page_size",
+    "row_bytes",
+    "storage_format_tag",
+)
+
+
 class HostPool(Protocol):
     """What this package uses of `sglang.srt.mem_cache.pool_host.base.HostKVCache`."""
 
@@ -27,11 +41,26 @@ class HostPool(Protocol):
         """Address and bytes of each run of the pages, page after page."""
 
 
+class FlatPool(HostPool, Protocol):
+    """A pool that hands pages out and takes them back, as all of SGLang's do."""
+
+    def get_data_page(self, index: int, flat: bool = True) -> torch.Tensor:
+        """A page in one piece. Args: index: of its first token."""
+
+    def get_dummy_flat_data_page(self) -> torch.Tensor:
+        """Memory for one."""
+
+    def set_from_flat_data_page(self, index: int, data_page: torch.Tensor) -> None:
+        """Put one into its place."""
+
+
 class Sharding(Protocol):
     """What this package uses of SGLang's `HiCacheStorageConfig`."""
 
     tp_rank: int
     tp_size: int
+    pp_rank: int
+    pp_size: int
     attn_cp_rank: int
     attn_cp_size: int
     dcp_rank: int
@@ -64,23 +93,42 @@ def page_bytes(pool: HostPool, first_page: torch.Tensor) -> int:
 
 def describe(pool: HostPool, name: str, sharding: Sharding, size: int) -> PageIdentity:
     """What the pool's pages hold. Args: size: bytes of one page."""
-    every_rank_holds_all = sharding.is_mla_model or hasattr(pool, "kv_lora_rank")
-    heads = 0 if every_rank_holds_all else pool.head_num
+    heads = 0 if _is_replicated(pool, name, sharding) else pool.head_num
     first = sharding.tp_rank * heads
     return PageIdentity(
         pool=name,
         page_size=logical_page_size(pool),
         page_bytes=size,
         dtype=str(pool.dtype).removeprefix("torch."),
-        layers=(pool.start_layer, pool.end_layer),
-        stored_layers=pool.layer_num,
+        layers=(getattr(pool, "start_layer", 0), getattr(pool, "end_layer", 0)),
+        stored_layers=getattr(pool, "layer_num", getattr(pool, "num_mamba_layers", 0)),
         heads=(first, first + heads),
         # With fewer KV heads than ranks SGLang repeats heads, so rank 1 of 4 and rank 1 of 2 differ.
         total_heads=heads * sharding.tp_size,
         head_dims=_head_dims(pool),
         layout=pool.layout,
-        slices=_slices(sharding),
+        slices=_slices(sharding) | _state_slices(pool, name, sharding),
+        shape={
+            key: str(getattr(pool, key)) for key in _SHAPE if getattr(pool, key, None) is not None
+        },
     )
+
+
+def _is_replicated(pool: HostPool, name: str, sharding: Sharding) -> bool:
+    """Whether every tensor-parallel rank holds the same bytes. A draft model has a layout of its own."""
+    if hasattr(pool, "kv_lora_rank") or not hasattr(pool, "head_num"):
+        return True
+    return sharding.is_mla_model and not name.startswith("draft")
+
+
+def _state_slices(pool: HostPool, name: str, sharding: Sharding) -> dict[str, int]:
+    """Of pools that do not count heads, or layers from the model's first."""
+    slices: dict[str, int] = {}
+    if name == "mamba" and sharding.tp_size > 1:  # recurrent state is cut along its heads
+        slices |= {"tp_rank": sharding.tp_rank, "tp_size": sharding.tp_size}
+    if name != "kv" and sharding.pp_size > 1:
+        slices |= {"pp_rank": sharding.pp_rank, "pp_size": sharding.pp_size}
+    return slices
 
 
 def _head_dims(pool: HostPool) -> tuple[int, int]:

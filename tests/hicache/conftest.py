@@ -54,6 +54,10 @@ def _make_pool(
                 return _mla(indexed=False, **size)
             case "dsa":
                 return _mla(indexed=True, **size)
+            case "mamba" | "conv" | "sided":
+                return _mamba(pages, layout, device_pool)
+            case "paged":
+                return _paged(pages, layout)
     raise ValueError(kind)
 
 
@@ -142,6 +146,36 @@ def _mla(indexed: bool, dtype: torch.dtype, layout: str, page_size: int, tokens:
     )
 
 
+def _mamba(pages: int, layout: str, kind: str) -> Any:
+    """Recurrent state: a page is a state, with two convolutions of another type beside it.
+
+    Args:
+        kind: "conv" has these only; "sided" has a buffer of another shape as well.
+    """
+    from sglang.srt.mem_cache.device_pool_info import MambaStateBufferInfo
+    from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
+
+    state = (0,) if kind == "conv" else (3, 5)
+    info = MambaStateBufferInfo(
+        temporal=torch.empty(LAYERS, 2, *state, dtype=torch.float32),
+        conv=tuple(torch.empty(LAYERS, 2, width, dtype=torch.bfloat16) for width in (7, 4)),
+        extra_checkpoint_buffers=(torch.empty(2, 6),) if kind == "sided" else (),
+    )
+    return MambaPoolHost(
+        info, float(pages) / 2, 0, device_capacity=2, pin_memory=False, layout=layout
+    )
+
+
+def _paged(pages: int, layout: str) -> Any:
+    """DeepSeek V4's pools: rows of bytes, a page each."""
+    from sglang.srt.mem_cache.memory_pool_host import DeepSeekV4PagedHostPool
+
+    buffers = [torch.empty(2, 96, dtype=torch.uint8) for _ in range(LAYERS)]
+    return DeepSeekV4PagedHostPool(
+        "deepseek_v4_c4", buffers, 96, pages, 4, layout, pin_memory=False
+    )
+
+
 def _addresses(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.uint64)
 
@@ -151,6 +185,7 @@ class Backends:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.stored: frozenset[Any] | None = None  # None: those that an engine has
         self._made: list[LMCacheBackend] = []
 
     def open(
@@ -192,7 +227,12 @@ class Backends:
         chain = beside._chain if beside else open_chain(Config.of(settings))
         identity = ModelIdentity(name=model, fingerprint="f", kv_dtype="auto", settings={})
         backend = LMCacheBackend(
-            _storage_config(**sharding), identity, chain, require_room, metrics
+            _storage_config(**sharding),
+            identity,
+            chain,
+            require_room,
+            metrics,
+            **({} if self.stored is None else {"stored": self.stored}),
         )
         self._made.append(backend)
         return backend
@@ -223,6 +263,15 @@ def _storage_config(**changed: Any) -> Any:
         "model_name": "model",
     }
     return HiCacheStorageConfig(**alone | changed)
+
+
+@pytest.fixture
+def backends_of_all_pools(backends: Backends) -> Backends:
+    """As `backends`, of a version that has seen all pools work."""
+    from sglang.srt.mem_cache.hicache_storage import PoolName
+
+    backends.stored = frozenset(PoolName)
+    return backends
 
 
 @pytest.fixture

@@ -288,7 +288,8 @@ def test_what_comes_before_a_batch_reaches_the_store(
     place = indices(make_pool(USUAL), [0, 1])
     assert backend.batch_set_v1(hashes[before:], place, info) == [True, True]
     assert backend.batch_get_v1(hashes[before:], place, info) == [True, True]
-    parent = page_key(backend._namespace, bytes.fromhex(hashes[before - 1])) if before else b""
+    named = next(iter(backend.pools.values())).namespace
+    parent = page_key(named, bytes.fromhex(hashes[before - 1])) if before else b""
     assert told == [("put", parent, before), ("get", parent, None)]
 
 
@@ -459,15 +460,23 @@ def test_a_closed_backend_misses_and_does_not_raise(make_pool: MakePool, backend
     backend.clear()
 
 
-def test_the_kv_pool_may_be_registered_again_and_no_other(
-    make_pool: MakePool, backends: Any
-) -> None:
+def test_the_kv_pool_may_be_registered_again(make_pool: MakePool, backends: Any) -> None:
     from sglang.srt.mem_cache.hicache_storage import PoolName
 
     pool = make_pool(USUAL)
     backend = backends.open(pool)
+    before = backend.pools
     backend.register_mem_host_pool_v2(pool, PoolName.KV)
     backend.on_host_pools_registered()
+    assert backend.pools == before
+
+
+def test_a_pool_that_no_engine_was_seen_with_is_refused_by_name(
+    make_pool: MakePool, backends: Any
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import PoolName
+
+    backend = backends.open(make_pool(USUAL))
     with pytest.raises(NotImplementedError) as caught:
         backend.register_mem_host_pool_v2(make_pool(USUAL), PoolName.MAMBA)
     assert "'mamba'" in str(caught.value)
@@ -479,6 +488,19 @@ def test_a_pool_without_memory_is_refused_by_name(sglang: None, backends: Any) -
 
     with pytest.raises(NotImplementedError, match="LogicalHostPool"):
         backends.open(LogicalHostPool(64, 4))
+
+
+def test_a_pool_whose_pages_cannot_be_reached_is_refused_by_name(
+    make_pool: MakePool, backends_of_all_pools: Any
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import PoolName
+
+    backend = backends_of_all_pools.open(make_pool(USUAL))
+    mute = SimpleNamespace(page_size=1, dcp_size=1)
+    with pytest.raises(NotImplementedError) as caught:
+        backend.register_mem_host_pool_v2(mute, PoolName.AUXILIARY_SWA)
+    assert "'auxiliary_swa'" in str(caught.value)
+    assert "--hicache-storage-backend lmcache" in str(caught.value)
 
 
 @pytest.mark.parametrize(

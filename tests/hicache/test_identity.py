@@ -58,6 +58,8 @@ def others(value: object) -> list[object]:
                 for i, item in enumerate(value)
                 for other in others(item)
             ]
+        case dict() if not value:
+            return [{"new": "x"}]
         case dict():
             first, *_ = value
             changed = [value | {first: other} for other in others(value[first])]

@@ -1,0 +1,127 @@
+"""A host pool whose pages are stored: under which names, and where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Protocol, cast
+
+from ..kernels.pages import PageSegments
+from .identity import ModelIdentity, PageIdentity, namespace
+from .pools import HostPool, Sharding, describe, logical_page_size, segments
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from .pools import FlatPool
+
+Held = Callable[[Sequence[bool]], None]  # to be told which pages came
+
+
+class Access(Protocol):
+    """How the bytes of a pool's pages are reached."""
+
+    def reading(self, indices: torch.Tensor) -> AbstractContextManager[PageSegments]:
+        """Memory to write to a store from."""
+
+    def writing(self, indices: torch.Tensor) -> AbstractContextManager[tuple[PageSegments, Held]]:
+        """Memory to bring pages to; what came is then told, and so put in its place."""
+
+
+class InPlace:
+    """The pool says where its pages lie: nothing is copied on the way."""
+
+    def __init__(self, host: HostPool) -> None:
+        self._host = host
+
+    def reading(self, indices: torch.Tensor) -> AbstractContextManager[PageSegments]:
+        return nullcontext(segments(self._host, indices))
+
+    def writing(self, indices: torch.Tensor) -> AbstractContextManager[tuple[PageSegments, Held]]:
+        return nullcontext((segments(self._host, indices), _nothing_to_do))
+
+
+def _nothing_to_do(held: Sequence[bool]) -> None:
+    """The pages are where they belong."""
+
+
+class WholePages:
+    """The pool hands its pages out, and takes them, as flat tensors only: a copy each way."""
+
+    def __init__(self, host: HostPool) -> None:
+        self._host = cast("FlatPool", host)
+
+    def reading(self, indices: torch.Tensor) -> AbstractContextManager[PageSegments]:
+        pages = [self._host.get_data_page(start, flat=True) for start in self._starts(indices)]
+        return nullcontext(_segments_of([page.contiguous() for page in pages]))
+
+    @contextmanager
+    def writing(self, indices: torch.Tensor) -> Iterator[tuple[PageSegments, Held]]:
+        starts = self._starts(indices)
+        pages = [self._host.get_dummy_flat_data_page().contiguous() for _ in starts]
+
+        def take(held: Sequence[bool]) -> None:
+            for start, page, came in zip(starts, pages, held, strict=True):
+                if came:
+                    self._host.set_from_flat_data_page(start, page)
+
+        yield _segments_of(pages), take
+
+    def _starts(self, indices: torch.Tensor) -> list[int]:
+        starts: list[int] = indices[:: logical_page_size(self._host)].tolist()
+        return starts
+
+
+def _segments_of(pages: list[torch.Tensor]) -> PageSegments:
+    addresses = [page.data_ptr() for page in pages]
+    return PageSegments(addresses, [page.nbytes for page in pages], 1, pages)
+
+
+class StoredPool:
+    """One pool of a rank.
+
+    Args:
+        host: SGLang's.
+        name: SGLang's `PoolName`, as text.
+        sharding: SGLang's `HiCacheStorageConfig`.
+        first_page: the indices of any one page.
+
+    Raises:
+        NotImplementedError: it says neither where its pages lie nor what they hold.
+    """
+
+    def __init__(
+        self, host: HostPool, name: str, sharding: Sharding, first_page: torch.Tensor
+    ) -> None:
+        self.host = host
+        self.name = name
+        self.access, self.page_bytes = _access(host, name, first_page)
+        self.identity: PageIdentity = describe(host, name, sharding, self.page_bytes)
+        self.namespace = b""
+
+    def belongs_to(self, model: ModelIdentity) -> None:
+        """From now on its pages are those of this model."""
+        self.namespace = namespace(model, self.identity)
+
+    @property
+    def page_size(self) -> int:
+        """Indices that one page takes in a call."""
+        return logical_page_size(self.host)
+
+
+def _access(host: HostPool, name: str, first_page: torch.Tensor) -> tuple[Access, int]:
+    """How its pages are reached, and the bytes of one. Pools refuse by an exception, and say so in SGLang."""
+    refusals = []
+    for kind in (InPlace, WholePages):
+        access: Access = kind(host)
+        try:
+            with access.reading(first_page) as page:
+                return access, sum(page.sizes)
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as refusal:
+            refusals.append(str(refusal))
+    raise NotImplementedError(
+        f"lmcache: the pages of the pool {name!r} ({type(host).__name__}) cannot be reached: "
+        f"{'; '.join(refusals)}. Serve this model without --hicache-storage-backend lmcache"
+    )

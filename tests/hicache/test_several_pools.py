@@ -1,0 +1,289 @@
+"""Models with more than a KV pool: each of SGLang's host pools comes back whole, and prefixes with it only."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lmcache_sglang.hicache.stored_pool import InPlace, WholePages
+from tests.hicache.test_backend import indices, page_hashes
+
+# Pool, its kind, and how its pages are reached.
+POOLS = [
+    ("swa", "mha page_first", InPlace),
+    ("swa", "mha layer_first", InPlace),
+    ("auxiliary_swa", "wide page_first", InPlace),
+    ("draft", "mla page_first", InPlace),
+    ("draft_swa", "mha page_first_direct", InPlace),
+    ("mamba", "mamba page_first", InPlace),
+    ("mamba", "mamba page_first_direct", InPlace),
+    ("mamba", "conv page_first", InPlace),
+    ("deepseek_v4_c4", "paged page_first", InPlace),
+    ("deepseek_v4_c4_state", "paged layer_first", InPlace),
+    ("mamba", "sided page_first", WholePages),  # with state of another shape beside it
+    ("deepseek_v4_c128", "paged page_first_direct", InPlace),
+]
+PAGES = 5
+
+MakePool = Callable[..., Any]
+
+
+def tensors(pool: Any) -> list[torch.Tensor]:
+    """All memory of a pool that holds state."""
+    if hasattr(pool, "temporal_buffer"):
+        return [pool.temporal_buffer, *pool.conv_buffer, *pool.slot_state_buffers]
+    if pool.__class__.__name__.startswith("Asymmetric"):
+        return [pool.k_buffer, pool.v_buffer]
+    kept = pool.kv_buffer
+    return list(kept) if isinstance(kept, (tuple, list)) else [kept]
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def fill(pool: Any, seed: int) -> None:
+    random_bytes = torch.Generator().manual_seed(seed)
+    for tensor in tensors(pool):
+        as_bytes(tensor).random_(0, 256, generator=random_bytes)
+
+
+def content(pool: Any, slot: int) -> bytes:
+    """As SGLang itself hands the page out, if it does."""
+    if pool.__class__.__name__.startswith("Asymmetric"):
+        where = pool.get_page_buffer_meta(indices(pool, [slot]))
+        return b"".join(ctypes.string_at(at, size) for at, size in zip(*where, strict=True))
+    page = pool.get_data_page(slot * pool.page_size, flat=True)
+    return as_bytes(page).numpy().tobytes()
+
+
+@pytest.mark.parametrize(("name", "kind", "access"), POOLS)
+def test_pages_of_a_pool_come_back_whole_and_elsewhere(
+    name: str, kind: str, access: type, make_pool: MakePool, backends_of_all_pools: Any
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+
+    pool = make_pool(kind, pages=2 * PAGES + 2)
+    backend = backends_of_all_pools.open(make_pool("mha page_first"))
+    backend.register_mem_host_pool_v2(pool, PoolName(name))
+    assert isinstance(backend.pools[PoolName(name)].access, access)
+    slots = random.Random(3).sample(range(2 * PAGES), 2 * PAGES)
+    source, target = slots[:PAGES], slots[PAGES:]
+    keys = page_hashes(PAGES)
+    fill(pool, 1)
+    before = [content(pool, slot) for slot in source]
+    assert len(set(before)) == PAGES
+
+    def transfer(slots: list[int], keys: list[str]) -> list[Any]:
+        return [PoolTransfer(PoolName(name), host_indices=indices(pool, slots), keys=keys)]
+
+    assert backend.batch_set_v2(transfer(source, keys)) == {name_of(name): [True] * PAGES}
+    assert backend._chain.flush(30.0)
+    fill(pool, 2)
+    others = [content(pool, slot) for slot in source]
+    asked = [*keys[:2], *page_hashes(1, "unknown"), *keys[3:]]
+    assert backend.batch_get_v2(transfer(target, asked)) == {
+        name_of(name): [True, True, False, True, True]
+    }
+    for number in (0, 1, 3, 4):
+        assert content(pool, target[number]) == before[number]
+    assert [content(pool, slot) for slot in source] == others, "what was not asked for is touched"
+
+
+def name_of(text: str) -> Any:
+    from sglang.srt.mem_cache.hicache_storage import PoolName
+
+    return PoolName(text)
+
+
+def test_each_pool_has_pages_of_its_own_under_the_same_hash(
+    make_pool: MakePool, backends_of_all_pools: Any
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+
+    kv, swa = make_pool("mha page_first"), make_pool("mha page_first")  # of one shape
+    backend = backends_of_all_pools.open(kv)
+    backend.register_mem_host_pool_v2(swa, PoolName.SWA)
+    fill(kv, 1)
+    fill(swa, 2)
+    keys, expected = page_hashes(2), [content(kv, 0), content(swa, 0)]
+    assert backend.batch_set_v1(keys, indices(kv, [0, 1])) == [True, True]
+    assert backend.batch_exists_v2(keys, [PoolTransfer(PoolName.SWA)]).kv_hit_pages == 0
+    transfer = PoolTransfer(PoolName.SWA, host_indices=indices(swa, [0, 1]), keys=keys)
+    assert backend.batch_set_v2([transfer]) == {PoolName.SWA: [True, True]}
+    assert backend.batch_exists_v2(keys, [PoolTransfer(PoolName.SWA)]).kv_hit_pages == 2
+    fill(kv, 3)
+    fill(swa, 4)
+    assert backend.batch_get_v1(keys, indices(kv, [0, 1])) == [True, True]
+    assert backend.batch_get_v2([transfer]) == {PoolName.SWA: [True, True]}
+    assert [content(kv, 0), content(swa, 0)] == expected
+
+
+def test_a_prefix_is_not_reported_once_a_sidecar_is_gone(
+    make_pool: MakePool, backends_of_all_pools: Any
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
+
+    from lmcache_sglang.storage.base import page_key
+
+    kv, state = make_pool("mha page_first"), make_pool("mamba page_first")
+    backend = backends_of_all_pools.open(kv)
+    backend.register_mem_host_pool_v2(state, PoolName.MAMBA)
+    keys = page_hashes(6)
+    assert backend.batch_set_v1(keys, indices(kv, list(range(6)))) == [True] * 6
+    for end in (2, 5):  # checkpoints
+        each = PoolTransfer(
+            PoolName.MAMBA,
+            host_indices=indices(state, [end]),
+            keys=[keys[end - 1]],
+            hit_policy=PoolHitPolicy.TRAILING_PAGES,
+        )
+        assert backend.batch_set_v2([each]) == {PoolName.MAMBA: [True]}
+    asked = [PoolTransfer(PoolName.MAMBA, keys=keys[-1:], hit_policy=PoolHitPolicy.TRAILING_PAGES)]
+    found = backend.batch_exists_v2(keys, asked)
+    assert (found.kv_hit_pages, found.restorable_prefix_pages) == (5, [2, 5])
+    assert found.extra_pool_hit_pages == {PoolName.KV: 6, PoolName.MAMBA: 5}
+    gone = page_key(backend.pools[PoolName.MAMBA].namespace, bytes.fromhex(keys[4]))
+    for tier in backend._chain.tiers:
+        tier.remove([gone])
+    assert backend.batch_exists_v2(keys, asked).restorable_prefix_pages == [2]
+
+
+def test_groups_of_blocks_have_a_verdict_and_shorten_no_prefix(
+    make_pool: MakePool, backends_of_all_pools: Any
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
+
+    kv, blocks = make_pool("mha page_first"), make_pool("paged page_first")
+    backend = backends_of_all_pools.open(kv)
+    backend.register_mem_host_pool_v2(blocks, PoolName.DEEPSEEK_V4_C4)
+    keys, groups = page_hashes(6), page_hashes(4, "groups")
+    backend.batch_set_v1(keys, indices(kv, list(range(6))))
+    asked = PoolTransfer(
+        PoolName.DEEPSEEK_V4_C4,
+        keys=groups,
+        hit_policy=PoolHitPolicy.BLOCK_GROUPS,
+        block_pages=3,
+        group_pages=2,
+    )
+    for stored, covered in ((0, 0), (1, 0), (2, 3), (3, 3), (4, 6)):
+        if stored:
+            one = PoolTransfer(
+                PoolName.DEEPSEEK_V4_C4,
+                host_indices=indices(blocks, [stored]),
+                keys=[groups[stored - 1]],
+            )
+            assert backend.batch_set_v2([one])[PoolName.DEEPSEEK_V4_C4] == [True]
+        found = backend.batch_exists_v2(keys, [asked])
+        assert found.kv_hit_pages == 6
+        assert found.restorable_prefix_pages == [1, 2, 3, 4, 5, 6]
+        assert found.extra_pool_hit_pages.get(PoolName.DEEPSEEK_V4_C4, 0) == covered
+
+
+def test_a_kv_pool_without_memory_leaves_it_to_the_others(
+    make_pool: MakePool, backends_of_all_pools: Any
+) -> None:
+    """DeepSeek V4: the KV pool gives out indices only."""
+    from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+    from sglang.srt.mem_cache.memory_pool_host import LogicalHostPool
+
+    anchor, pages = LogicalHostPool(64, 4), make_pool("paged page_first")
+    backend = backends_of_all_pools.open(anchor)
+    backend.register_mem_host_pool_v2(anchor, PoolName.KV)
+    backend.register_mem_host_pool_v2(pages, PoolName.DEEPSEEK_V4_C4)
+    assert list(backend.pools) == [PoolName.DEEPSEEK_V4_C4]
+    keys, where = page_hashes(4), torch.arange(16)
+    asked = [PoolTransfer(PoolName.DEEPSEEK_V4_C4)]
+    assert backend.batch_exists_v2(keys, asked).kv_hit_pages == 0
+    assert backend.batch_set_v1(keys, where) == backend.batch_get_v1(keys, where) == [True] * 4
+    put = PoolTransfer(
+        PoolName.DEEPSEEK_V4_C4, host_indices=indices(pages, [0, 1, 2]), keys=keys[:3]
+    )
+    backend.batch_set_v2([put])
+    assert backend.batch_exists_v2(keys, asked).kv_hit_pages == 3
+
+
+@pytest.mark.parametrize("places", [None, 0, 1, 7])
+def test_places_that_do_not_match_the_keys_move_nothing(
+    places: int | None, make_pool: MakePool, backends_of_all_pools: Any
+) -> None:
+    """As after a hit that fell short of what was allocated for it."""
+    from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+
+    swa = make_pool("mha page_first")
+    backend = backends_of_all_pools.open(make_pool("mha page_first"))
+    backend.register_mem_host_pool_v2(swa, PoolName.SWA)
+    where = None if places is None else torch.arange(places)
+    transfer = PoolTransfer(PoolName.SWA, host_indices=where, keys=page_hashes(2))
+    assert backend.batch_set_v2([transfer]) == {PoolName.SWA: [False, False]}
+    assert backend.batch_get_v2([transfer]) == {PoolName.SWA: [False, False]}
+
+
+def test_a_pool_that_is_not_registered_is_a_miss(
+    make_pool: MakePool, backends_of_all_pools: Any
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+
+    backend = backends_of_all_pools.open(make_pool("mha page_first"))
+    keys = page_hashes(2)
+    backend.batch_set_v1(keys, indices(backend.pools[PoolName.KV].host, [0, 1]))
+    transfer = PoolTransfer(PoolName.INDEXER, host_indices=torch.arange(8), keys=keys)
+    assert backend.batch_get_v2([transfer]) == {PoolName.INDEXER: [False, False]}
+    assert backend.batch_exists_v2(keys, [transfer]).kv_hit_pages == 0
+
+
+def test_one_lookup_serves_all_pools_of_a_long_request(
+    make_pool: MakePool, backends_of_all_pools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """250,000 tokens in pages of 16, and a window beside them."""
+    from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
+
+    backend = backends_of_all_pools.open(make_pool("mha page_first"))
+    backend.register_mem_host_pool_v2(make_pool("mha page_first", head_dim=4), PoolName.SWA)
+    keys = page_hashes(250_000 // 16)
+    lookups: list[int] = []
+
+    def counted(exists: Callable[[list[bytes]], list[bool]]) -> Callable[[list[bytes]], list[bool]]:
+        def look(some: list[bytes]) -> list[bool]:
+            lookups.append(len(some))
+            return exists(some)
+
+        look.__name__ = "exists"
+        return look
+
+    for tier in backend._chain.tiers:
+        monkeypatch.setattr(tier, "exists", counted(tier.exists))
+    asked = PoolTransfer(PoolName.SWA, keys=keys[-64:], hit_policy=PoolHitPolicy.TRAILING_PAGES)
+    assert backend.batch_exists_v2(keys, [asked]).kv_hit_pages == 0
+    assert lookups == [2 * len(keys)] * len(backend._chain.tiers)
+
+
+def test_a_recurrent_state_is_cut_by_ranks_and_latent_kv_is_not(
+    make_pool: MakePool, backends_of_all_pools: Any
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import PoolName
+
+    first = backends_of_all_pools.open(
+        make_pool("mla page_first"), tp_rank=0, tp_size=2, is_mla_model=True
+    )
+    other = backends_of_all_pools.open(
+        make_pool("mla page_first"), tp_rank=1, tp_size=2, is_mla_model=True, beside=first
+    )
+    for backend in (first, other):
+        backend.register_mem_host_pool_v2(make_pool("mamba page_first"), PoolName.MAMBA)
+    assert first.pools[PoolName.KV].namespace == other.pools[PoolName.KV].namespace
+    assert first.pools[PoolName.MAMBA].namespace != other.pools[PoolName.MAMBA].namespace
+
+
+def test_the_addresses_of_a_state_are_inside_its_pool(make_pool: MakePool) -> None:
+    pool = make_pool("mamba page_first")
+    addresses, sizes = pool.get_page_buffer_meta(torch.tensor([1]))
+    pieces = [ctypes.string_at(at, size) for at, size in zip(addresses, sizes, strict=True)]
+    fill(pool, 5)
+    pieces = [ctypes.string_at(at, size) for at, size in zip(addresses, sizes, strict=True)]
+    assert b"".join(pieces) == content(pool, 1)
