@@ -166,7 +166,7 @@ def _growth(results: Results) -> list[str]:
             f"{one.insert:.2f} ({one.insert_p99:.2f})",
             f"{one.evict:.2f}",
             f"{one.index_bytes:.0f}",
-            f"{one.beside_bytes:.0f}" if one.beside_bytes else "",
+            f"{one.beside_bytes:.0f}",
         ]
         for one in results.grown
     ]

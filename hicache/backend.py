@@ -262,13 +262,11 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         chained: bool = True,
     ) -> list[bool]:
         started = time.perf_counter()
-        pool = self._pools.get(name)
-        if pool is None or not _fits(pool, page_hashes, host_indices):
+        pool = self._pool_with_room(name, page_hashes, host_indices)
+        if pool is None or host_indices is None:
             return [False] * len(page_hashes)
-        assert host_indices is not None
         named = pool.namespace
-        parent, _ = _before(named, extra_info)
-        parent = parent if chained else b""
+        parent, _ = _before(named, extra_info, chained)
         with pool.access.writing(host_indices) as (into, take):
             held = self._chain.get(_keys(named, page_hashes), into, parent=parent)
             take(held)
@@ -285,18 +283,34 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         chained: bool = True,
     ) -> list[bool]:
         started = time.perf_counter()
-        pool = self._pools.get(name)
-        if pool is None or not _fits(pool, page_hashes, host_indices):
+        pool = self._pool_with_room(name, page_hashes, host_indices)
+        if pool is None or host_indices is None:
             return [False] * len(page_hashes)
-        assert host_indices is not None
         named = pool.namespace
-        parent, position = _before(named, extra_info)
-        parent = parent if chained else b""
+        parent, position = _before(named, extra_info, chained)
         with pool.access.reading(host_indices) as pages:
             keys = _keys(named, page_hashes)
             kept = self._chain.put(keys, pages, parent=parent, position=position)
         self._measure(read=False, pages=sum(kept), size=pool.page_bytes, started=started)
         return kept
+
+    def _pool_with_room(
+        self, name: PoolName, page_hashes: list[str], host_indices: torch.Tensor | None
+    ) -> StoredPool | None:
+        """The pool, if it is stored and there is a place for each page; SGLang cuts keys and places in
+        different functions."""
+        pool = self._pools.get(name)
+        places = 0 if host_indices is None else int(host_indices.numel())
+        if pool is None or places == len(page_hashes) * pool.page_size:
+            return pool
+        logger.error(
+            "lmcache: pool %s: %d pages of %d, but %d places; nothing was moved",
+            name,
+            len(page_hashes),
+            pool.page_size,
+            places,
+        )
+        return None
 
     def clear(self) -> None:
         """Forget the pages of this model, layout and shard, in every tier; nobody else's."""
@@ -358,33 +372,21 @@ def _keys(named: bytes, page_hashes: Sequence[str]) -> list[bytes]:
     return [page_key(named, bytes.fromhex(text)) for text in page_hashes]
 
 
-def _before(named: bytes, extra_info: HiCacheStorageExtraInfo | None) -> tuple[bytes, int]:
-    """What comes before a batch in its chain: the key of the last page, and how many there are.
+def _before(
+    named: bytes, extra_info: HiCacheStorageExtraInfo | None, chained: bool
+) -> tuple[bytes, int]:
+    """What comes before a batch: the key of the page before it in its chain, and how many there are.
 
     Without `hicache_storage_pass_prefix_keys` SGLang does not say; a batch then begins a chain.
     """
-    before = getattr(extra_info, "prefix_keys", None)
-    return (page_key(named, bytes.fromhex(before[-1])), len(before)) if before else (b"", 0)
+    before = getattr(extra_info, "prefix_keys", None) or []
+    parent = page_key(named, bytes.fromhex(before[-1])) if before and chained else b""
+    return parent, len(before)
 
 
 def _is_chain(transfer: PoolTransfer) -> bool:
     """Whether the page before the first one may be in the pool too: before a window mostly nothing is."""
     return bool(transfer.hit_policy != PoolHitPolicy.TRAILING_PAGES)
-
-
-def _fits(pool: StoredPool, page_hashes: list[str], host_indices: torch.Tensor | None) -> bool:
-    """Whether there is a place for each page; SGLang cuts keys and places in different functions."""
-    places = 0 if host_indices is None else int(host_indices.numel())
-    if places == len(page_hashes) * pool.page_size:
-        return bool(page_hashes)
-    logger.error(
-        "lmcache: pool %s: %d pages of %d, but %d places; nothing was moved",
-        pool.name,
-        len(page_hashes),
-        pool.page_size,
-        places,
-    )
-    return False
 
 
 def _unsupported(name: PoolName, pool: object) -> NotImplementedError:

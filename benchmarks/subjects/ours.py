@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -69,25 +70,40 @@ class _Call:
 
 
 class _Ours(Subject):
-    medium: ClassVar[str]
+    """What the store and its tiers have in common: calls that are made ready before the clock starts."""
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         all_pages = options.pages * options.workers
         self._size = max(bytes_for(all_pages), all_pages * options.page_bytes * SPARE)
-        self._tier = _open(self.medium, options.directory, self._size, options.threads)
+        self._namespace = NAMESPACE[:-1] + bytes([options.rank])  # each worker's own
         self._calls: dict[bytes, _Call] = {}
-
-    def version(self) -> str:
-        return f"lmcache-sglang {version('lmcache-sglang')}, {type(self._tier).__name__}"
 
     def prepare(self, batch: Batch) -> None:
         size = self.options.page_bytes
         self._calls[batch.keys[0]] = _Call(
-            [page_key(NAMESPACE, key) for key in batch.keys],
+            [page_key(self._namespace, key) for key in batch.keys],
             segments(addresses(batch.source), size),
             segments(addresses(batch.target), size),
         )
+
+    def exists(self, batch: Batch) -> int:
+        here = self._exist(self._calls[batch.keys[0]].keys)
+        return here.index(False) if False in here else len(here)
+
+    @abstractmethod
+    def _exist(self, keys: list[bytes]) -> list[bool]: ...
+
+
+class _Tier(_Ours):
+    medium: ClassVar[str]
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._tier = _open(self.medium, options.directory, self._size, options.threads)
+
+    def version(self) -> str:
+        return f"lmcache-sglang {version('lmcache-sglang')}, {type(self._tier).__name__}"
 
     def put(self, batch: Batch) -> None:
         call = self._calls[batch.keys[0]]
@@ -97,9 +113,8 @@ class _Ours(Subject):
         call = self._calls[batch.keys[0]]
         require(self._tier.get(call.keys, call.target), Lookup.HIT)
 
-    def exists(self, batch: Batch) -> int:
-        here = self._tier.exists(self._calls[batch.keys[0]].keys)
-        return here.index(False) if False in here else len(here)
+    def _exist(self, keys: list[bytes]) -> list[bool]:
+        return self._tier.exists(keys)
 
     def forget(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
@@ -109,7 +124,7 @@ class _Ours(Subject):
         self._tier.close()
 
 
-class OursDram(_Ours):
+class OursDram(_Tier):
     medium: ClassVar[str] = "dram"
     setup: ClassVar[str] = (
         "SlabTier in /dev/shm, its own copy threads as many as said, else default settings; checksums "
@@ -118,7 +133,7 @@ class OursDram(_Ours):
     durable: ClassVar[str] = "in memory, outlives the process"
 
 
-class OursNvme(_Ours):
+class OursNvme(_Tier):
     medium: ClassVar[str] = "nvme"
     setup: ClassVar[str] = (
         f"SlabTier in a file, default settings (direct I/O, depth {DEPTH}); checksums verified on every read"
@@ -132,7 +147,7 @@ class OursNvme(_Ours):
         return [self.options.directory / "store" / files.REGION]
 
 
-class OursStore(Subject):
+class OursStore(_Ours):
     """`Store`, as a program that uses the package has it."""
 
     setup: ClassVar[str] = (
@@ -143,24 +158,12 @@ class OursStore(Subject):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        all_pages = options.pages * options.workers
-        size = max(bytes_for(all_pages), all_pages * options.page_bytes * SPARE)
-        memory = {"size": size, "path": str(options.directory / "store")}
+        memory = {"size": self._size, "path": str(options.directory / "store")}
         settings = {"path": str(options.directory / "none"), "cpu": memory, "disk": {"size": 0}}
         self._store = Store(Config.of(settings))
-        self._namespace = NAMESPACE[:-1] + bytes([options.rank])
-        self._calls: dict[bytes, _Call] = {}
 
     def version(self) -> str:
         return f"lmcache-sglang {version('lmcache-sglang')}, Store"
-
-    def prepare(self, batch: Batch) -> None:
-        size = self.options.page_bytes
-        self._calls[batch.keys[0]] = _Call(
-            [page_key(self._namespace, key) for key in batch.keys],
-            segments(addresses(batch.source), size),
-            segments(addresses(batch.target), size),
-        )
 
     def put(self, batch: Batch) -> None:
         call = self._calls[batch.keys[0]]
@@ -170,9 +173,8 @@ class OursStore(Subject):
         call = self._calls[batch.keys[0]]
         self._require(self._store.get(call.keys, call.target), "read")
 
-    def exists(self, batch: Batch) -> int:
-        here = self._store.exists(self._calls[batch.keys[0]].keys)
-        return here.index(False) if False in here else len(here)
+    def _exist(self, keys: list[bytes]) -> list[bool]:
+        return self._store.exists(keys)
 
     def forget(self, batches: Sequence[Batch]) -> None:
         self._calls.clear()
@@ -216,8 +218,7 @@ class Index:
     @property
     def bytes_beside_pages(self) -> int:
         """Of all files but the one with the pages; they are allocated in full from the start."""
-        paths = [path for path in self._directory.iterdir() if path.name != files.REGION]
-        return sum(path.stat().st_blocks * 512 for path in paths)
+        return _allocated(p for p in self._directory.iterdir() if p.name != files.REGION)
 
 
 @contextmanager
@@ -233,13 +234,18 @@ def _planned_for_small_pages() -> Iterator[None]:
         plan.PAGE_USUAL = before
 
 
+def _allocated(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_blocks * 512 for path in paths)
+
+
 class BareIndex:
     """As `Index`, of a store that keeps no pages: with room for more than memory or disk have."""
 
     page_bytes = BLOCK
 
-    def __init__(self, store: SlabStore) -> None:
+    def __init__(self, store: SlabStore, directory: Path) -> None:
         self._store = store
+        self._directory = directory
 
     def insert(self, keys: Sequence[bytes], pages: PageSegments) -> None:
         named = [page_key(NAMESPACE, key) for key in keys]
@@ -262,7 +268,7 @@ class BareIndex:
 
     @property
     def bytes_beside_pages(self) -> int:
-        return 0  # its files are not those of a store
+        return _allocated(self._directory.iterdir())
 
 
 def index_capacity(medium: str, room: int) -> int:
@@ -277,7 +283,7 @@ def index_capacity(medium: str, room: int) -> int:
 def index(medium: str, directory: Path, room: int) -> Iterator[Index | BareIndex]:
     """An empty store with room for so many of the smallest pages, and then it evicts."""
     if medium == ALONE:
-        yield BareIndex(bare_store(directory, room))
+        yield BareIndex(bare_store(directory, room), directory)
         return
     with _planned_for_small_pages():
         tier = _open(medium, directory, bytes_for(room))

@@ -25,7 +25,7 @@ using Clock = std::chrono::steady_clock;
 using Deadline = Clock::time_point;
 
 inline constexpr uint32_t kNone = 0xFFFFFFFF;
-inline constexpr uint32_t kControlVersion = 1;
+inline constexpr uint32_t kControlVersion = 2;
 inline constexpr uint32_t kSlotsMost = 16384;  // in one slab
 inline constexpr uint32_t kClasses = 48;
 inline constexpr uint32_t kSpaces = 256;

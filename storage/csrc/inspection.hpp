@@ -17,6 +17,7 @@ class Inspection {
  private:
   void look_at(const Index::Read& snapshot, const Key& key, const Found& found);
   void look_at_slots();
+  void count(const Slot& slot, uint64_t bytes);
   void look_at_class(uint32_t number);
   void count_list(const List& list, Queue queue, const std::string& name);
   void look_at_totals();
@@ -25,8 +26,6 @@ class Inspection {
   SlabStore& store_;
   Control& control_;
   Check& report_;
-  void count(const Slot& slot, uint64_t bytes);
-
   uint64_t entries_ = 0, live_ = 0, reserved_ = 0, bytes_ = 0, dirty_bytes_ = 0;
   uint64_t reserved_bytes_ = 0, spilling_bytes_ = 0;
   std::array<uint64_t, kSpaces> pages_in_{}, bytes_in_{};

@@ -98,7 +98,9 @@ uint32_t SlabStore::slot_of(const Entry& entry) const {
 void SlabStore::touch(uint32_t number, uint32_t now) {
   Slot& slot = control_.slot(number);
   slot.tick.store(now, std::memory_order_relaxed);
-  control_.space(slot.space).tick.store(now, std::memory_order_relaxed);
+  // One word for all pages and processes of a namespace: written once a batch, not once a page.
+  auto& used = control_.space(slot.space).tick;
+  if (used.load(std::memory_order_relaxed) != now) used.store(now, std::memory_order_relaxed);
   const uint8_t visited = slot.visited.load(std::memory_order_relaxed);
   if (visited < 3) slot.visited.store(static_cast<uint8_t>(visited + 1), std::memory_order_relaxed);
   const uint8_t flags = slot.flags.load(std::memory_order_relaxed);

@@ -12,14 +12,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from lmcache_sglang.testing.sglang_cpu.config import VARIABLE
+from lmcache_sglang.testing.sglang_cpu.config import IF_ACTIVE, VARIABLE
 
 # Python reads .pth files in order of name; an editable install's, on which the import below
 # depends, begins with an underscore and comes before.
 PTH_NAME = "lmcache_sglang_cpu.pth"
 PTH_LINE = (
-    f"import os; os.environ.get('{VARIABLE}') == '1'"
-    " and __import__('importlib.util').util.find_spec('lmcache_sglang')"
+    f"{IF_ACTIVE} and __import__('importlib.util').util.find_spec('lmcache_sglang')"
     " and __import__('lmcache_sglang.testing.sglang_cpu.finder', fromlist=['install']).install()\n"
 )
 

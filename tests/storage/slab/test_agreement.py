@@ -6,11 +6,9 @@ import fcntl
 import logging
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import replace
 from logging.handlers import BufferingHandler
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -24,12 +22,6 @@ CAPACITY = 1 << 20
 VERSION_AT = 8  # of the control block (csrc/control.hpp)
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-        yield Path(folder)
-
-
 def fill_a_little(store: SmallStore, start: int) -> bool:
     """What another process does, with settings of its own; whether the store is sound to it."""
     with store.opened() as tier:
@@ -40,9 +32,9 @@ def fill_a_little(store: SmallStore, start: int) -> bool:
 
 @pytest.mark.parametrize("others", ["sieve", "lru"])
 def test_processes_with_different_policies_keep_one_set_of_lists(
-    folder: Path, others: Eviction
+    shared_memory: Path, others: Eviction
 ) -> None:
-    store = SmallStore(folder / "store", True, CAPACITY, SlabSettings(eviction="s3-fifo"))
+    store = SmallStore(shared_memory / "store", True, CAPACITY, SlabSettings(eviction="s3-fifo"))
     other = replace(store, settings=SlabSettings(eviction=others))
     with store.opened() as tier:
         for start in range(0, 400, 80):
@@ -61,8 +53,8 @@ def what_opening_tells(store: SmallStore) -> list[str]:
         return [record.getMessage() for record in told.buffer]
 
 
-def test_who_comes_second_is_told_what_holds(folder: Path) -> None:
-    store = SmallStore(folder / "store", False, CAPACITY, SlabSettings(eviction="lru"))
+def test_who_comes_second_is_told_what_holds(shared_memory: Path) -> None:
+    store = SmallStore(shared_memory / "store", False, CAPACITY, SlabSettings(eviction="lru"))
     other = replace(store, settings=SlabSettings(eviction="sieve", durable=False))
     with store.opened():
         assert run(what_opening_tells, store) == []
@@ -71,8 +63,10 @@ def test_who_comes_second_is_told_what_holds(folder: Path) -> None:
     assert "durability asked for here is ordered" in durability and "was told durable" in durability
 
 
-def test_another_version_on_a_live_store_is_refused_and_told_what_to_do(folder: Path) -> None:
-    store = SmallStore(folder / "store", True, CAPACITY)
+def test_another_version_on_a_live_store_is_refused_and_told_what_to_do(
+    shared_memory: Path,
+) -> None:
+    store = SmallStore(shared_memory / "store", True, CAPACITY)
     with store.opened() as tier:
         put(tier, range(4))
         control = store.directory / files.CONTROL
@@ -84,9 +78,9 @@ def test_another_version_on_a_live_store_is_refused_and_told_what_to_do(folder: 
         assert "stop the engines of the other version first" in message
 
 
-def test_one_process_too_many_is_told_so(folder: Path) -> None:
+def test_one_process_too_many_is_told_so(shared_memory: Path) -> None:
     """Each holds the lock of a byte; here the test holds all but the one of this process."""
-    store = SmallStore(folder / "store", True, CAPACITY)
+    store = SmallStore(shared_memory / "store", True, CAPACITY)
     with store.opened(), (store.directory / files.OWNERS).open("r+b") as owners:
         others = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 2, 254, 0)
         fcntl.fcntl(owners, fcntl.F_OFD_SETLK, others)

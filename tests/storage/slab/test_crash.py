@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -25,23 +23,18 @@ LONGEST_LIFE = 0.07  # seconds; some die before the store is open
 OTHERS_SECONDS = 5.0
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """In memory: what a killed process wrote is there all the same, and thousands of files are fast."""
-    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-        yield Path(folder)
-
-
 @pytest.mark.parametrize("eviction", ["sieve", "s3-fifo", "lru"])
 @pytest.mark.parametrize("memory", [True, False])
-def test_no_step_is_a_bad_one_to_die_at(folder: Path, memory: bool, eviction: Eviction) -> None:
+def test_no_step_is_a_bad_one_to_die_at(
+    shared_memory: Path, memory: bool, eviction: Eviction
+) -> None:
     store = SmallStore(
-        folder / "store", memory, CRAMPED, SlabSettings(eviction=eviction, seconds=5)
+        shared_memory / "store", memory, CRAMPED, SlabSettings(eviction=eviction, seconds=5)
     )
     run(crash_script.fill, store, 1)
     saved = store.save()
     script = list(islice(crash_script.operations(2), OPERATIONS))
-    log = Log(folder / "log")
+    log = Log(shared_memory / "log")
 
     def attempt(step: int) -> bool:
         store.restore(saved)
@@ -74,12 +67,12 @@ def test_no_step_is_a_bad_one_to_die_at(folder: Path, memory: bool, eviction: Ev
 
 @pytest.mark.parametrize(("memory", "durable"), [(True, True), (False, True), (False, False)])
 def test_a_kill_at_any_moment_loses_no_page_that_was_reported_stored(
-    folder: Path, tmp_path: Path, memory: bool, durable: bool
+    shared_memory: Path, tmp_path: Path, memory: bool, durable: bool
 ) -> None:
     """One store, killed over and over, also while it is made and opened; on a real disk if not in memory."""
-    where = folder if memory else tmp_path
+    where = shared_memory if memory else tmp_path
     store = SmallStore(where / "store", memory, ROOMY, SlabSettings(durable=durable))
-    log, rng = Log(folder / "log"), random.Random(f"{memory} {durable}")
+    log, rng = Log(shared_memory / "log"), random.Random(f"{memory} {durable}")
     expected, at_work = set[int](), 0
     for number in range(RANDOM_KILLS):
         log.begin(("get", []))
@@ -99,9 +92,9 @@ def test_a_kill_at_any_moment_loses_no_page_that_was_reported_stored(
     assert at_work > RANDOM_KILLS / 2, "most were killed before they had done anything"
 
 
-def test_the_others_go_on_while_one_after_the_other_is_killed(folder: Path) -> None:
+def test_the_others_go_on_while_one_after_the_other_is_killed(shared_memory: Path) -> None:
     """It may die with the mutex, or LMDB's lock, or a reader's place in its hands."""
-    store = SmallStore(folder / "store", True, CRAMPED, SlabSettings(seconds=5))
+    store = SmallStore(shared_memory / "store", True, CRAMPED, SlabSettings(seconds=5))
     with store.opened() as tier:
         others = [Job(hammer.run, store, seed, OTHERS_SECONDS) for seed in range(2)]
         rng, kills, end = random.Random(5), 0, time.monotonic() + OTHERS_SECONDS

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -66,14 +65,8 @@ def fill(store: SmallStore, numbers: Iterable[int]) -> set[int]:
         return here(tier, NUMBERS)
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-        yield Path(folder)
-
-
-def a_case(folder: Path, memory: bool, change: str) -> Case:
-    before = SmallStore(folder / "store", memory, BEFORE)
+def a_case(shared_memory: Path, memory: bool, change: str) -> Case:
+    before = SmallStore(shared_memory / "store", memory, BEFORE)
     after = replace(before, capacity=SIZES[change])
     if change == "made":
         return Case(before, after, None, set(), set())
@@ -89,10 +82,10 @@ def a_case(folder: Path, memory: bool, change: str) -> Case:
 @everywhere
 @every_change
 def test_no_call_and_no_step_is_a_bad_one_to_die_at(
-    folder: Path, memory: bool, change: str
+    shared_memory: Path, memory: bool, change: str
 ) -> None:
     """Then it is opened as it was to be, or as it was before."""
-    case = a_case(folder, memory, change)
+    case = a_case(shared_memory, memory, change)
     whole = case.attempt()
     assert whole is not None
     deaths = [{"at_call": number} for number in range(1, whole.calls + 1)]
@@ -106,9 +99,9 @@ def test_no_call_and_no_step_is_a_bad_one_to_die_at(
 
 @everywhere
 @every_change
-def test_no_moment_is_a_bad_one_to_die_at(folder: Path, memory: bool, change: str) -> None:
+def test_no_moment_is_a_bad_one_to_die_at(shared_memory: Path, memory: bool, change: str) -> None:
     """In the middle of a call too, and of LMDB's own work."""
-    case = a_case(folder, memory, change)
+    case = a_case(shared_memory, memory, change)
     whole = case.attempt()
     assert whole is not None
     kills, rng = 0, random.Random(f"{memory} {change}")

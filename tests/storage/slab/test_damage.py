@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -21,12 +19,6 @@ AT_ONCE = 2
 IN_A_PROCESS = 500
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-        yield Path(folder)
-
-
 def populated(store: SmallStore) -> tuple[dict[str, bytes], list[int]]:
     """The files of a store, also as they were some changes ago; and the pages that are there."""
     crash_script.fill(store, 6)
@@ -39,11 +31,11 @@ def populated(store: SmallStore) -> tuple[dict[str, bytes], list[int]]:
 
 
 @pytest.mark.parametrize("memory", [True, False])
-def test_no_damage_gives_wrong_bytes_or_ends_the_process(folder: Path, memory: bool) -> None:
-    saved, numbers = populated(SmallStore(folder / "sound", memory, CAPACITY))
+def test_no_damage_gives_wrong_bytes_or_ends_the_process(shared_memory: Path, memory: bool) -> None:
+    saved, numbers = populated(SmallStore(shared_memory / "sound", memory, CAPACITY))
 
     def work(part: int) -> Counter[str]:
-        place, seen = folder / str(part), Counter[str]()
+        place, seen = shared_memory / str(part), Counter[str]()
         place.mkdir()
         store, last = SmallStore(place / "store", memory, CAPACITY), place / "last"
         for first in range(part * IN_A_PROCESS, CASES, AT_ONCE * IN_A_PROCESS):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -26,12 +24,6 @@ LONG = 20  # steps: more than the attempts of one operation have
 NEAR = 4  # steps: an error within them strikes what mends the first one
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-        yield Path(folder)
-
-
 def go_on(store: SmallStore, seed: int, trials: list[Errors]) -> list[list[str]]:
     """The names of the steps that each trial had."""
     script = list(islice(crash_script.operations(seed), OPERATIONS))
@@ -43,9 +35,9 @@ def go_on(store: SmallStore, seed: int, trials: list[Errors]) -> list[list[str]]
     return [names for job in jobs for names in job.result()]
 
 
-def a_store(folder: Path, memory: bool, eviction: Eviction) -> SmallStore:
+def a_store(shared_memory: Path, memory: bool, eviction: Eviction) -> SmallStore:
     settings = SlabSettings(eviction=eviction, seconds=5, engine="threads")
-    store = SmallStore(folder / "store", memory, CRAMPED, settings)
+    store = SmallStore(shared_memory / "store", memory, CRAMPED, settings)
     run(crash_script.fill, store, 1)
     return store
 
@@ -57,8 +49,10 @@ def errors_of(name: str) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("eviction", ["sieve", "s3-fifo", "lru"])
 @pytest.mark.parametrize("memory", [True, False])
-def test_no_step_is_a_bad_one_to_fail_at(folder: Path, memory: bool, eviction: Eviction) -> None:
-    store = a_store(folder, memory, eviction)
+def test_no_step_is_a_bad_one_to_fail_at(
+    shared_memory: Path, memory: bool, eviction: Eviction
+) -> None:
+    store = a_store(shared_memory, memory, eviction)
     (steps,) = go_on(store, 2, [{}])
     assert len(steps) > 150
     every = 1 if eviction == "sieve" else 3
@@ -72,10 +66,10 @@ def test_no_step_is_a_bad_one_to_fail_at(folder: Path, memory: bool, eviction: E
 @pytest.mark.parametrize("eviction", ["sieve", "s3-fifo", "lru"])
 @pytest.mark.parametrize("memory", [True, False])
 def test_no_two_steps_are_bad_ones_to_fail_at(
-    folder: Path, memory: bool, eviction: Eviction
+    shared_memory: Path, memory: bool, eviction: Eviction
 ) -> None:
     """What mends the first error may meet the second one."""
-    store = a_store(folder, memory, eviction)
+    store = a_store(shared_memory, memory, eviction)
     (steps,) = go_on(store, 3, [{}])
     rng = random.Random(f"{memory} {eviction}")
     trials: list[Errors] = []
@@ -87,9 +81,9 @@ def test_no_two_steps_are_bad_ones_to_fail_at(
 
 
 @pytest.mark.parametrize("memory", [True, False])
-def test_an_index_that_stays_full_for_a_while_is_no_harm(folder: Path, memory: bool) -> None:
+def test_an_index_that_stays_full_for_a_while_is_no_harm(shared_memory: Path, memory: bool) -> None:
     """Until the operation gives up: each attempt in vain is followed by another one."""
-    store = a_store(folder, memory, "sieve")
+    store = a_store(shared_memory, memory, "sieve")
     (steps,) = go_on(store, 4, [{}])
     trials: list[Errors] = [
         dict.fromkeys(range(first, first + LONG), INDEX_FULL)

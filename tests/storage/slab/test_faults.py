@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -42,14 +41,14 @@ class Medium:
 
 
 @pytest.fixture(params=MEDIA)
-def medium(request: pytest.FixtureRequest) -> Iterator[Medium]:
-    engine: Engine = "auto" if request.param == "memory" else request.param
-    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-        settings = SlabSettings(engine=engine)
-        store = SmallStore(Path(folder) / "store", request.param == "memory", CAPACITY, settings)
-        with store.opened() as tier:
-            assert put(tier, OLD, [b""] * len(OLD)) == [Stored.STORED] * len(OLD)
-        yield Medium(store)
+def medium(request: pytest.FixtureRequest, shared_memory: Path) -> Medium:
+    in_memory = request.param == "memory"
+    engine: Engine = "auto" if in_memory else request.param
+    settings = SlabSettings(engine=engine)
+    store = SmallStore(shared_memory / "store", in_memory, CAPACITY, settings)
+    with store.opened() as tier:
+        assert put(tier, OLD, [b""] * len(OLD)) == [Stored.STORED] * len(OLD)
+    return Medium(store)
 
 
 def all_is_well(tier: SlabTier, still_here: list[int]) -> None:

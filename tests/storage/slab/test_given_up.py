@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Event, Thread
 
 import pytest
@@ -22,9 +20,8 @@ OLD = range(20)
 
 
 @pytest.fixture
-def store() -> Iterator[SmallStore]:
-    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-        yield SmallStore(Path(folder) / "store", False, CAPACITY)
+def store(shared_memory: Path) -> SmallStore:
+    return SmallStore(shared_memory / "store", False, CAPACITY)
 
 
 @pytest.mark.parametrize("step", ["index_begin", "index_commit"])

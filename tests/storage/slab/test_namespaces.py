@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -19,21 +18,15 @@ MOST = 256
 
 
 @pytest.fixture
-def tier() -> Iterator[SlabTier]:
-    with (
-        TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder,
-        closing(SlabTier(Place(Path(folder), memory=True), ROOMY)) as opened,
-    ):
+def tier(shared_memory: Path) -> Iterator[SlabTier]:
+    with closing(SlabTier(Place(shared_memory, memory=True), ROOMY)) as opened:
         yield opened
         assert opened.check().ok
 
 
 @pytest.fixture
-def small_tier() -> Iterator[SlabTier]:
-    with (
-        TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder,
-        closing(SlabTier(Place(Path(folder), memory=True), 2 << 20)) as opened,
-    ):
+def small_tier(shared_memory: Path) -> Iterator[SlabTier]:
+    with closing(SlabTier(Place(shared_memory, memory=True), 2 << 20)) as opened:
         yield opened
         assert opened.check().ok
 

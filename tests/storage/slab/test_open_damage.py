@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -18,23 +16,17 @@ CAPACITY = 1 << 20
 NUMBERS = range(80)  # more than fit
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-        yield Path(folder)
-
-
 @pytest.mark.parametrize("eviction", ["sieve", "s3-fifo", "lru"])
 @pytest.mark.parametrize("memory", [True, False])
 def test_no_damage_under_an_open_store_hangs_or_ends_a_process(
-    folder: Path, memory: bool, eviction: Eviction
+    shared_memory: Path, memory: bool, eviction: Eviction
 ) -> None:
     settings = SlabSettings(eviction=eviction, seconds=1)
-    store = SmallStore(folder / "store", memory, CAPACITY, settings)
+    store = SmallStore(shared_memory / "store", memory, CAPACITY, settings)
     told = run(use_while_damaged, store, NUMBERS, range(CASES))  # ends at its deadline, if it hangs
     assert told, "no damage was noticed: was there any?"
 
 
-def test_a_list_that_leads_in_a_circle_is_not_followed_for_ever(folder: Path) -> None:
-    store = SmallStore(folder / "store", True, CAPACITY, SlabSettings(seconds=1))
+def test_a_list_that_leads_in_a_circle_is_not_followed_for_ever(shared_memory: Path) -> None:
+    store = SmallStore(shared_memory / "store", True, CAPACITY, SlabSettings(seconds=1))
     assert "circle" in Job(put_against_a_circle, store).result(30)

@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -39,11 +38,8 @@ def driver(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def tier() -> Iterator[SlabTier]:
-    with (
-        TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder,
-        closing(SlabTier(Place(Path(folder), memory=True), SIZE)) as opened,
-    ):
+def tier(shared_memory: Path) -> Iterator[SlabTier]:
+    with closing(SlabTier(Place(shared_memory, memory=True), SIZE)) as opened:
         yield opened
 
 

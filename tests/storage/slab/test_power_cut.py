@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import lmdb
 import pytest
@@ -38,12 +36,6 @@ CAPACITY = 1 << 20  # the pages of the script do not fit into it
 OPERATIONS = 60
 CUTS_PER_STEP = 0.2
 SECTOR = 512
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -117,11 +109,11 @@ def cut(store: SmallStore, left: tuple[bytes, bytes], saved: dict[str, bytes]) -
 @pytest.mark.parametrize("engine", ["threads", "io_uring"])
 @pytest.mark.parametrize("durable", [True, False])
 def test_pages_that_exist_after_a_power_cut_are_whole(
-    folder: Path, durable: bool, engine: Engine
+    shared_memory: Path, durable: bool, engine: Engine
 ) -> None:
     settings = SlabSettings(durable=durable, engine=engine)
-    store = SmallStore(folder / "store", False, CAPACITY, settings)
-    again = store.elsewhere(folder / "again")
+    store = SmallStore(shared_memory / "store", False, CAPACITY, settings)
+    again = store.elsewhere(shared_memory / "again")
     crash_script.fill(store, 3)
     saved = store.save()
     cuts, rng = 0, random.Random(engine)
@@ -187,9 +179,9 @@ class Watch(Recorded):
 
 
 def test_data_is_flushed_before_it_is_published_and_written_over_nothing_that_is(
-    folder: Path,
+    shared_memory: Path,
 ) -> None:
-    store = SmallStore(folder / "store", False, CAPACITY)
+    store = SmallStore(shared_memory / "store", False, CAPACITY)
     crash_script.fill(store, 3)
     written = 0
     with store.opened() as tier:

@@ -6,9 +6,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Event, Thread
 
 import pytest
@@ -25,12 +23,6 @@ CRAMPED = 1 << 20
 ROOMY = 4 << 20
 SECONDS = 1.2
 SHARE = 0.01  # of the steps, where storage fails
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-        yield Path(folder)
 
 
 class Meter:
@@ -58,11 +50,11 @@ class Meter:
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("processes", [2, 8])
 def test_processes_that_hammer_one_store_see_right_bytes_and_exceed_no_limit(
-    folder: Path, processes: int, memory: bool, eviction: Eviction
+    shared_memory: Path, processes: int, memory: bool, eviction: Eviction
 ) -> None:
     """With pages of many sizes, so that slabs change hands, and twice as many as fit."""
     settings = SlabSettings(eviction=eviction)
-    store = SmallStore(folder / "store", memory, CRAMPED, settings)
+    store = SmallStore(shared_memory / "store", memory, CRAMPED, settings)
     meter = Meter(store)
     jobs = [Job(hammer.run, store, seed, SECONDS) for seed in range(processes)]
     done = [job.result() for job in jobs]
@@ -88,10 +80,10 @@ def require_whole(store: SmallStore) -> None:
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("processes", [2, 8])
 def test_processes_whose_storage_keeps_failing_do_one_another_no_harm(
-    folder: Path, processes: int, memory: bool
+    shared_memory: Path, processes: int, memory: bool
 ) -> None:
     """What an error left half done in one of them is mended by whichever comes next, beside the others."""
-    store = SmallStore(folder / "store", memory, CRAMPED)
+    store = SmallStore(shared_memory / "store", memory, CRAMPED)
     with store.opened() as tier:
         seconds = 2 * SECONDS
         jobs = [Job(hammer.run_flaky, store, seed, seconds, SHARE) for seed in range(processes)]
@@ -110,9 +102,9 @@ def test_processes_whose_storage_keeps_failing_do_one_another_no_harm(
 
 @pytest.mark.parametrize("memory", [True, False])
 def test_kills_among_processes_whose_storage_keeps_failing_do_no_harm(
-    folder: Path, memory: bool
+    shared_memory: Path, memory: bool
 ) -> None:
-    store = SmallStore(folder / "store", memory, CRAMPED)
+    store = SmallStore(shared_memory / "store", memory, CRAMPED)
     seconds = 3 * SECONDS
     with store.opened() as tier:
         others = [Job(hammer.run_flaky, store, seed, seconds, SHARE) for seed in range(2)]
@@ -135,8 +127,8 @@ def test_kills_among_processes_whose_storage_keeps_failing_do_no_harm(
         assert each.errors.total() > 0
 
 
-def test_a_page_that_one_process_put_is_there_for_the_others(folder: Path) -> None:
-    store = SmallStore(folder / "store", True, ROOMY)
+def test_a_page_that_one_process_put_is_there_for_the_others(shared_memory: Path) -> None:
+    store = SmallStore(shared_memory / "store", True, ROOMY)
     with store.opened() as tier:
         assert run(hammer.put_all, store, list(range(20))) == ["stored"] * 20
         assert get(tier, range(20)) == [Lookup.HIT] * 20
@@ -148,11 +140,13 @@ STOPS = ["reserve", "write", "flush", "publish", "index_begin", "index_commit", 
 
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("step", STOPS)
-def test_a_stopped_process_keeps_nobody_waiting(folder: Path, step: str, memory: bool) -> None:
+def test_a_stopped_process_keeps_nobody_waiting(
+    shared_memory: Path, step: str, memory: bool
+) -> None:
     """With the mutex in its hands the others cannot change anything, and say so; else they go on."""
     if memory and step == "flush":
         pytest.skip("memory is not flushed")
-    store = SmallStore(folder / "store", memory, ROOMY, SlabSettings(seconds=0.3))
+    store = SmallStore(shared_memory / "store", memory, ROOMY, SlabSettings(seconds=0.3))
     with store.opened() as tier:
         put(tier, range(10), [b""] * 10)
         job = Job(hammer.put_and_stop, store, [10, 11, 12], step)
@@ -179,8 +173,10 @@ def test_a_stopped_process_keeps_nobody_waiting(folder: Path, step: str, memory:
 
 
 @pytest.mark.parametrize("step", STOPS)
-def test_a_stopped_process_that_is_killed_leaves_all_to_the_others(folder: Path, step: str) -> None:
-    store = SmallStore(folder / "store", False, ROOMY, SlabSettings(seconds=0.5))
+def test_a_stopped_process_that_is_killed_leaves_all_to_the_others(
+    shared_memory: Path, step: str
+) -> None:
+    store = SmallStore(shared_memory / "store", False, ROOMY, SlabSettings(seconds=0.5))
     with store.opened() as tier:
         put(tier, range(10), [b""] * 10)
         job = Job(hammer.put_and_stop, store, [10, 11, 12], step)
@@ -197,9 +193,11 @@ def test_a_stopped_process_that_is_killed_leaves_all_to_the_others(folder: Path,
         assert get(tier, range(11)) == [Lookup.HIT] * 11
 
 
-def test_a_process_that_is_killed_in_a_long_look_does_not_fill_the_index(folder: Path) -> None:
+def test_a_process_that_is_killed_in_a_long_look_does_not_fill_the_index(
+    shared_memory: Path,
+) -> None:
     """LMDB uses no page again that a snapshot may see, and believes that a dead one's still does."""
-    store = SmallStore(folder / "store", True, CRAMPED)
+    store = SmallStore(shared_memory / "store", True, CRAMPED)
     with store.opened() as tier:
         put(tier, range(60), [b""] * 60)
         for _ in range(8):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -22,14 +21,8 @@ OTHER = b"other".ljust(NAMESPACE_BYTES, b"-")
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-        yield Path(folder)
-
-
-@pytest.fixture
-def tier(folder: Path) -> Iterator[SlabTier]:
-    with closing(SlabTier(Place(folder, memory=True), ROOMY)) as opened:
+def tier(shared_memory: Path) -> Iterator[SlabTier]:
+    with closing(SlabTier(Place(shared_memory, memory=True), ROOMY)) as opened:
         opened.set_quota(LIMITED, QUOTA * PAGE)
         yield opened
         assert opened.check().ok
@@ -83,9 +76,9 @@ def test_a_batch_frees_its_room_in_few_walks(tier: SlabTier) -> None:
     assert tier.stats().evicted - before == 11
 
 
-def test_written_back_pages_go_below_before_they_make_room(folder: Path) -> None:
-    upper = SlabTier(Place(folder / "upper", memory=True), ROOMY, below=Below.ON_EVICT)
-    lower = SlabTier(Place(folder / "lower", memory=True), ROOMY)
+def test_written_back_pages_go_below_before_they_make_room(shared_memory: Path) -> None:
+    upper = SlabTier(Place(shared_memory / "upper", memory=True), ROOMY, below=Below.ON_EVICT)
+    lower = SlabTier(Place(shared_memory / "lower", memory=True), ROOMY)
     with closing(upper), closing(lower):
         upper.set_quota(LIMITED, QUOTA * PAGE)
         old, new = pages(QUOTA), pages(QUOTA, start=100)
@@ -114,10 +107,10 @@ def test_a_chain_gives_up_its_end_in_one_walk(tier: SlabTier) -> None:
     assert tier.exists(pages(160)) == [True] * 149 + [False] * 11
 
 
-def test_s3_fifo_finds_what_it_spared(folder: Path) -> None:
+def test_s3_fifo_finds_what_it_spared(shared_memory: Path) -> None:
     """A page that was used goes from the main queue to the small one, which a walk has passed by then."""
     settings = SlabSettings(eviction="s3-fifo")
-    with closing(SlabTier(Place(folder, memory=True), 2 << 20, settings)) as tier:
+    with closing(SlabTier(Place(shared_memory, memory=True), 2 << 20, settings)) as tier:
         old = pages(40)
         write_apart(tier, old)
         for _ in range(3):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import cast
 
 import pytest
@@ -23,8 +21,8 @@ class SlabSuite(TierSuite):
     eviction: Eviction = "sieve"
 
     @pytest.fixture
-    def folder(self, tmp_path: Path) -> Iterator[Path]:
-        yield tmp_path
+    def folder(self, tmp_path: Path) -> Path:
+        return tmp_path
 
     @pytest.fixture
     def make(self, folder: Path) -> Maker:
@@ -47,9 +45,8 @@ class TestInMemory(SlabSuite):
     oldest_first = True
 
     @pytest.fixture
-    def folder(self) -> Iterator[Path]:
-        with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-            yield Path(folder)
+    def folder(self, shared_memory: Path) -> Path:
+        return shared_memory
 
 
 class TestInMemoryByLru(TestInMemory):

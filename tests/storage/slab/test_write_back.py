@@ -6,7 +6,6 @@ import errno
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Event, Thread, get_ident
 
 import pytest
@@ -24,21 +23,17 @@ OWN = b"\0" * NAMESPACE_BYTES
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    with TemporaryDirectory(dir="/dev/shm", prefix="lmcache-test-") as folder:
-        yield Path(folder)
-
-
-@pytest.fixture
-def upper(folder: Path) -> Iterator[SlabTier]:
-    with closing(SlabTier(Place(folder / "upper", True), SMALL, below=Below.ON_EVICT)) as tier:
+def upper(shared_memory: Path) -> Iterator[SlabTier]:
+    with closing(
+        SlabTier(Place(shared_memory / "upper", True), SMALL, below=Below.ON_EVICT)
+    ) as tier:
         yield tier
         assert tier.check().ok
 
 
 @pytest.fixture
-def lower(folder: Path) -> Iterator[SlabTier]:
-    with closing(SlabTier(Place(folder / "lower", True), SMALL)) as tier:
+def lower(shared_memory: Path) -> Iterator[SlabTier]:
+    with closing(SlabTier(Place(shared_memory / "lower", True), SMALL)) as tier:
         yield tier
         assert tier.check().ok
 
