@@ -92,6 +92,8 @@ class Keeper:
         try:
             with self._tiers[0].native() as store:
                 if not held_back:
+                    if self._on_touch:  # also what was used since the last look
+                        store.queue_unspilled(True, 1 << 62, timeout)
                     return _drained(store, deadline)
                 return _drained_to_the_last(store, deadline)
         except TierError as error:

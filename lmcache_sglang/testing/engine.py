@@ -58,14 +58,15 @@ class Setup:
     env: Mapping[str, str] = field(default_factory=dict)
     entry: Entry = "launch_server"
     page_size: int = PAGE_SIZE
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings of each tier
 
     @property
     def settings(self) -> dict[str, Any]:
         """This package's own."""
         return {
             "path": str(self.store),
-            "cpu": {"size": self.cpu, "path": str(self.memory)},
-            "disk": {"size": self.disk},
+            "cpu": {"size": self.cpu, "path": str(self.memory), **self.more.get("cpu", {})},
+            "disk": {"size": self.disk, **self.more.get("disk", {})},
         }
 
     @property

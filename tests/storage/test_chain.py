@@ -14,6 +14,7 @@ import pytest
 
 from lmcache_sglang.errors import Reason, TierError
 from lmcache_sglang.storage import faults as faults_module
+from lmcache_sglang.storage import keeper as keeper_module
 from lmcache_sglang.storage.admission import Admission, All, MinimumPrefix, SecondTouch
 from lmcache_sglang.storage.base import Below, Limits, Lookup, Stored
 from lmcache_sglang.storage.breaker import FAILURES, MOST_SECONDS
@@ -299,6 +300,19 @@ def test_a_second_touch_is_what_sends_a_page_down(tiers: TwoTiers) -> None:
         assert lower(chain).exists([once]) == [False]
     with closing(tiers.but(memory=None).open()) as chain:  # nor did the close send it
         assert chain.exists([once, read_again, put_again]) == [False, True, True]
+
+
+def test_what_was_touched_just_before_the_close_goes_down_with_it(
+    tiers: TwoTiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The background thread looks at touches now and then; here it never comes to it."""
+    monkeypatch.setattr(keeper_module, "LOOK_SECONDS", SOON)
+    keys = some_keys(2)
+    with closing(tiers.but(admission=SecondTouch()).open()) as chain:
+        put(chain, keys)
+        get(chain, keys[:1])
+    with closing(tiers.but(memory=None).open()) as chain:
+        assert chain.exists(keys) == [True, False]
 
 
 def test_an_explicit_flush_sends_what_was_held_back(tiers: TwoTiers) -> None:
