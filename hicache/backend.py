@@ -29,19 +29,24 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransferResult,
 )
 
-from ..storage.base import page_key
+from ..storage.base import PAGE_HASH_BYTES
 from . import restorable, weights
+from .assembly import assemble
+from .form import PageForm
 from .identity import ModelIdentity
+from .namespaces import Namespaces
 from .pools import HostPool, Sharding, logical_page_size
-from .stored_pool import StoredPool
+from .stored_pool import Standing, StoredPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo, PoolTransfer
     from sglang.srt.observability.metrics_collector import StorageMetrics
 
+    from ..kernels.pages import PageSegments
     from ..storage.chain import Chain
+    from .tiling import Tiling
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +66,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         require_room: raises when a tier cannot keep a page of so many bytes.
         metrics: makes SGLang's empty `StorageMetrics`, or None when SGLang does not collect them.
         stored: pools whose pages are stored; a model with another one is refused at start.
+        kv_heads: of the whole model; 0 where it is not known.
     """
 
     def __init__(
@@ -71,13 +77,18 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         require_room: Callable[[Chain, int], None],
         metrics: Callable[[], StorageMetrics] | None = None,
         stored: frozenset[PoolName] = PROVEN,
+        kv_heads: int = 0,
     ) -> None:
         self._sharding = sharding
         self._model = model
         self._chain = chain
         self._require_room = require_room
         self._stored = stored
+        self._kv_heads = kv_heads
         self._pools: dict[PoolName, StoredPool] = {}
+        self._namespaces = Namespaces(chain.directories)
+        self._naming = Lock()  # held where a pool's standing changes
+        self._apart: dict[bytes, str] = {}  # why pages of others are of no use, as was logged
         self._anchor_is_logical = False  # the KV pool has no memory; other pools hold the KV
         self._new_metrics = metrics
         self._metrics = metrics() if metrics else None
@@ -113,10 +124,13 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         if target_layers not in (None, getattr(host_pool, "layer_num", None)):
             raise _unsupported(PoolName.DRAFT, host_pool)  # packed in; its weights are not named
         first_page = torch.arange(logical_page_size(host_pool), dtype=torch.int64)
-        pool = StoredPool(host_pool, name.value, self._sharding, first_page)
+        pool = StoredPool(host_pool, name.value, self._sharding, first_page, self._kv_heads)
         self._require_room(self._chain, pool.page_bytes)
-        pool.belongs_to(self._model)
-        self._pools = self._pools | {name: pool}
+        with self._naming:
+            pool.belongs_to(self._model)
+            self._pools = self._pools | {name: pool}
+        if self._model.lasting:
+            self._namespaces.add(pool.standing.kind)
         logger.info(
             "lmcache: pool %s: pages of %d tokens and %d bytes, namespace %s (%s)",
             name,
@@ -129,9 +143,11 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
     def _weights_replaced(self) -> None:
         """Neither find nor leave anything under the name of the weights that were."""
         settings = self._model.settings | {"weights": weights.epoch()}
-        self._model = msgspec.structs.replace(self._model, settings=settings)
+        with self._naming:
+            self._model = msgspec.structs.replace(self._model, settings=settings)
+            for pool in self._pools.values():
+                pool.belongs_to(self._model)
         for name, pool in self._pools.items():
-            pool.belongs_to(self._model)
             logger.info(
                 "lmcache: pool %s: the weights were replaced; namespace %s until they are again, or the "
                 "process ends",
@@ -139,15 +155,53 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
                 pool.namespace.hex(),
             )
 
+    def _look_around(self) -> None:
+        """Take note of what engines of other topologies have begun to store since the last call."""
+        if not self._model.lasting or not self._namespaces.refreshed():
+            return
+        kinds = self._namespaces.kinds()
+        with self._naming:
+            if not self._model.lasting:  # replaced just now
+                return
+            found = {name: pool.look_around(kinds) for name, pool in self._pools.items()}
+        for name, tiling in found.items():
+            self._say(name, tiling)
+
+    def _say(self, name: PoolName, tiling: Tiling) -> None:
+        for cover in tiling.covers:
+            logger.debug("lmcache: pool %s: can be read from %s", name, cover)
+        for namespace, why in tiling.apart.items():
+            if self._apart.get(namespace) != why:
+                self._apart[namespace] = why
+                logger.info(
+                    "lmcache: pool %s: pages of namespace %s cannot be read here: %s",
+                    name,
+                    namespace.hex(),
+                    why,
+                )
+
     def batch_exists(
         self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> int:
         """How many of the first pages are stored, without a gap."""
-        return (
-            len(keys)
-            if self._anchor_is_logical
-            else self._chain.prefix(self._named(PoolName.KV, keys))
-        )
+        if self._anchor_is_logical:
+            return len(keys)
+        (here,) = self._here([(PoolName.KV, keys)])
+        return here.index(False) if False in here else len(here)
+
+    def _here(self, asked: Sequence[tuple[PoolName, Sequence[str]]]) -> list[list[bool]]:
+        """Which pages of each pool are stored, whole or in pieces that others stored: one lookup."""
+        self._look_around()
+        wanted = [
+            (pool.standing if (pool := self._pools.get(name)) else None, _raw(page_hashes))
+            for name, page_hashes in asked
+        ]
+        keys: list[bytes] = []
+        for standing, raw in wanted:
+            for space in _spaces(standing):
+                keys += [space + page_hash for page_hash in raw]
+        found = iter(self._chain.exists(keys))
+        return [_whole(standing, len(raw), found) for standing, raw in wanted]
 
     def exists(self, key: str) -> bool:
         return self.batch_exists([key]) == 1
@@ -163,15 +217,12 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         One lookup for the pages of all pools, so that what is said of them is of one moment.
         """
         transfers = pool_transfers or []
-        asked = [self._asked_of(transfer, keys) for transfer in transfers]
-        kv = self._named(PoolName.KV, keys)
-        found = iter(self._chain.exists([*kv, *(key for some in asked for key in some)]))
-        here = [next(found) for _ in kv]
+        asked = [(transfer.name, _asked_of(transfer, keys)) for transfer in transfers]
+        here, *others = self._here([(PoolName.KV, keys), *asked])
         usable = restorable.all_pages([True] * len(keys) if self._anchor_is_logical else here)
         hits = {PoolName.KV: usable.boundary}
         allowed = usable.prefixes
-        for transfer, some in zip(transfers, asked, strict=True):
-            its = [next(found) for _ in some]
+        for transfer, its in zip(transfers, others, strict=True):
             allowed &= self._judge(transfer, its[: usable.boundary], its, hits)
         prefixes = sorted(allowed)
         boundaries = {name: pages for name, pages in hits.items() if pages}
@@ -198,15 +249,6 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
                 raise NotImplementedError(f"lmcache: hit policy {transfer.hit_policy}")
         hits[transfer.name] = verdict.boundary
         return verdict.prefixes
-
-    def _asked_of(self, transfer: PoolTransfer, keys: list[str]) -> list[bytes]:
-        """The pages of a pool that a lookup concerns: those of the span, or the keys of its groups."""
-        groups = transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS
-        return self._named(transfer.name, (transfer.keys or []) if groups else keys)
-
-    def _named(self, name: PoolName, page_hashes: Sequence[str]) -> list[bytes]:
-        pool = self._pools.get(name)
-        return [] if pool is None else _keys(pool.namespace, page_hashes)
 
     def batch_get_v1(
         self,
@@ -265,12 +307,38 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         pool = self._pool_with_room(name, page_hashes, host_indices)
         if pool is None or host_indices is None:
             return [False] * len(page_hashes)
-        named = pool.namespace
-        parent, _ = _before(named, extra_info, chained)
+        standing, raw = pool.standing, _raw(page_hashes)
+        before, _ = _before(extra_info, chained)
         with pool.access.writing(host_indices) as (into, take):
-            held = self._chain.get(_keys(named, page_hashes), into, parent=parent)
+            keys = [standing.namespace + page_hash for page_hash in raw]
+            parent = standing.namespace + before if before else b""
+            held = self._chain.get(keys, into, parent=parent)
+            if not all(held):
+                self._look_around()  # SGLang does not always ask first whether pages are here
+                held = self._put_together(pool.standing, raw, before, into, held)
             take(held)
         self._measure(read=True, pages=sum(held), size=pool.page_bytes, started=started)
+        return held
+
+    def _put_together(
+        self,
+        standing: Standing,
+        raw: Sequence[bytes],
+        before: bytes,
+        into: PageSegments,
+        held: list[bool],
+    ) -> list[bool]:
+        """Of the pages that are not stored whole, those that there are all pieces of."""
+        if not standing.tiling.covers:
+            return held
+        held, form = list(held), PageForm.of(standing.kind.page)
+        for cover in standing.tiling.covers:
+            for run in _gaps(held):
+                parent = raw[run.start - 1] if run.start else before
+                chosen, places = raw[run.start : run.stop], into.select(run)
+                held[run.start : run.stop] = assemble(
+                    self._chain, cover, form, chosen, places, before=parent
+                )
         return held
 
     def _set(
@@ -286,10 +354,11 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         pool = self._pool_with_room(name, page_hashes, host_indices)
         if pool is None or host_indices is None:
             return [False] * len(page_hashes)
-        named = pool.namespace
-        parent, position = _before(named, extra_info, chained)
+        named = pool.standing.namespace
+        before, position = _before(extra_info, chained)
+        parent = named + before if before else b""
         with pool.access.reading(host_indices) as pages:
-            keys = _keys(named, page_hashes)
+            keys = [named + page_hash for page_hash in _raw(page_hashes)]
             kept = self._chain.put(keys, pages, parent=parent, position=position)
         self._measure(read=False, pages=sum(kept), size=pool.page_bytes, started=started)
         return kept
@@ -365,23 +434,57 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             rates.append(rate)
 
 
-# Both get a namespace that their caller reads once: a replacement of weights may come in between.
+def _raw(page_hashes: Sequence[str]) -> list[bytes]:
+    """Raises: ValueError for what is no SHA-256, of which a key could be made that is another page's."""
+    raw = [bytes.fromhex(text) for text in page_hashes]
+    if any(len(page_hash) != PAGE_HASH_BYTES for page_hash in raw):
+        raise ValueError("lmcache: a page hash is 64 hexadecimal digits")
+    return raw
 
 
-def _keys(named: bytes, page_hashes: Sequence[str]) -> list[bytes]:
-    return [page_key(named, bytes.fromhex(text)) for text in page_hashes]
+def _spaces(standing: Standing | None) -> list[bytes]:
+    """The namespaces to look into: a pool's own, then those of the pieces of each cover."""
+    if standing is None:
+        return []
+    pieces = [piece.namespace for cover in standing.tiling.covers for piece in cover]
+    return [standing.namespace, *pieces]
 
 
-def _before(
-    named: bytes, extra_info: HiCacheStorageExtraInfo | None, chained: bool
-) -> tuple[bytes, int]:
-    """What comes before a batch: the key of the page before it in its chain, and how many there are.
+def _whole(standing: Standing | None, pages: int, found: Iterator[bool]) -> list[bool]:
+    """Which pages there are, from the answers in the order of `_spaces`; of a pool that is not stored, none."""
+    if standing is None:
+        return []
+    here = [next(found) for _ in range(pages)]
+    for cover in standing.tiling.covers:
+        pieces = [[next(found) for _ in range(pages)] for _ in cover]
+        here = [own or all(parts) for own, *parts in zip(here, *pieces, strict=True)]
+    return here
+
+
+def _gaps(held: Sequence[bool]) -> list[range]:
+    """The runs of pages that are missing."""
+    edges = [i for i in range(len(held) + 1) if _at(held, i) != _at(held, i - 1)]
+    return [range(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _at(held: Sequence[bool], i: int) -> bool:
+    return held[i] if 0 <= i < len(held) else True
+
+
+def _asked_of(transfer: PoolTransfer, keys: list[str]) -> list[str]:
+    """The pages of a pool that a lookup concerns: those of the span, or the keys of its groups."""
+    groups = transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS
+    return (transfer.keys or []) if groups else keys
+
+
+def _before(extra_info: HiCacheStorageExtraInfo | None, chained: bool) -> tuple[bytes, int]:
+    """What comes before a batch: the hash of the page before it in its chain, and how many there are.
 
     Without `hicache_storage_pass_prefix_keys` SGLang does not say; a batch then begins a chain.
     """
     before = getattr(extra_info, "prefix_keys", None) or []
-    parent = page_key(named, bytes.fromhex(before[-1])) if before and chained else b""
-    return parent, len(before)
+    last = _raw(before[-1:])[0] if before and chained else b""
+    return last, len(before)
 
 
 def _is_chain(transfer: PoolTransfer) -> bool:

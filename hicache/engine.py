@@ -8,7 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from . import weights
-from .identity import ModelIdentity, fingerprint
+from .identity import UNREAD, ModelIdentity, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,13 @@ def model_identity(served_name: str | None) -> ModelIdentity:
     )
 
 
+def kv_heads() -> int:
+    """KV heads of the model that this process serves; 0 where SGLang does not say."""
+    from sglang.srt.runtime_context import process_model_config
+
+    return int(process_model_config().get_total_num_kv_heads() or 0)
+
+
 def adapter_id(named: str, path: str) -> str:
     """The id of a LoRA adapter for page hashes, telling apart what was trained anew under one path.
 
@@ -70,7 +77,7 @@ def _fingerprint(model_path: str, revision: str | None) -> str:
             model_path,
             error,
         )
-        return f"unread:{uuid4().hex}"
+        return f"{UNREAD}{uuid4().hex}"
 
 
 def _local(model_path: str, revision: str | None) -> Path:

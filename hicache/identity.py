@@ -18,6 +18,8 @@ from ..storage.base import NAMESPACE_BYTES
 
 VERSION = 1  # of the meaning of these fields; a change of meaning is a new version
 
+UNREAD = "unread:"  # begins the fingerprint of weights that could not be looked at
+
 _SAMPLE = 256  # bytes looked at in each place of a weight file
 _SAMPLES = 64  # places in a file that has no tensor table
 _HEADER_MOST = 256 << 20  # a longer safetensors header is none
@@ -48,6 +50,11 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
     kv_dtype: str  # logical: fp8 kinds differ although their bytes look alike
     settings: dict[str, str]  # of the engine, that change what is computed
 
+    @property
+    def lasting(self) -> bool:
+        """Whether another process can ever have the same identity."""
+        return "weights" not in self.settings and not self.fingerprint.startswith(UNREAD)
+
 
 class PageIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Which part of a token's KV a page holds, and in what order its bytes lie."""
@@ -72,7 +79,15 @@ class PageIdentity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 def namespace(model: ModelIdentity, page: PageIdentity) -> bytes:
     """The digest that starts the key of every page of this kind. The same in every process."""
-    text = msgspec.json.encode({"version": VERSION, "model": model, "page": page}, order="sorted")
+    return digest(text_of(model, page))
+
+
+def text_of(model: ModelIdentity, page: PageIdentity) -> bytes:
+    """What a namespace is the digest of: JSON, the same in every process."""
+    return msgspec.json.encode({"version": VERSION, "model": model, "page": page}, order="sorted")
+
+
+def digest(text: bytes) -> bytes:
     return hashlib.sha256(text).digest()[:NAMESPACE_BYTES]
 
 

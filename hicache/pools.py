@@ -91,10 +91,16 @@ def page_bytes(pool: HostPool, first_page: torch.Tensor) -> int:
     return sum(segments(pool, first_page).sizes)
 
 
-def describe(pool: HostPool, name: str, sharding: Sharding, size: int) -> PageIdentity:
-    """What the pool's pages hold. Args: size: bytes of one page."""
-    heads = 0 if _is_replicated(pool, name, sharding) else pool.head_num
-    first = sharding.tp_rank * heads
+def describe(
+    pool: HostPool, name: str, sharding: Sharding, size: int, kv_heads: int = 0
+) -> PageIdentity:
+    """What the pool's pages hold.
+
+    Args:
+        size: bytes of one page.
+        kv_heads: of the whole model; 0 where it is not known.
+    """
+    first, heads, total = _heads(pool, name, sharding, kv_heads)
     return PageIdentity(
         pool=name,
         page_size=logical_page_size(pool),
@@ -103,8 +109,7 @@ def describe(pool: HostPool, name: str, sharding: Sharding, size: int) -> PageId
         layers=(getattr(pool, "start_layer", 0), getattr(pool, "end_layer", 0)),
         stored_layers=getattr(pool, "layer_num", getattr(pool, "num_mamba_layers", 0)),
         heads=(first, first + heads),
-        # With fewer KV heads than ranks SGLang repeats heads, so rank 1 of 4 and rank 1 of 2 differ.
-        total_heads=heads * sharding.tp_size,
+        total_heads=total,
         head_dims=_head_dims(pool),
         layout=pool.layout,
         slices=_slices(sharding) | _state_slices(pool, name, sharding),
@@ -112,6 +117,20 @@ def describe(pool: HostPool, name: str, sharding: Sharding, size: int) -> PageId
             key: str(getattr(pool, key)) for key in _SHAPE if getattr(pool, key, None) is not None
         },
     )
+
+
+def _heads(pool: HostPool, name: str, sharding: Sharding, kv_heads: int) -> tuple[int, int, int]:
+    """The first KV head that a rank holds, how many it holds, and how many there are; 0 of 0: all on each rank.
+
+    With fewer KV heads than ranks SGLang gives neighbours the same head. Where the model's own number is not
+    known, that is told apart from other topologies, and not shared with them.
+    """
+    if _is_replicated(pool, name, sharding):
+        return 0, 0, 0
+    ranks = sharding.tp_size
+    if name == "kv" and pool.head_num == 1 and 0 < kv_heads < ranks and ranks % kv_heads == 0:
+        return sharding.tp_rank // (ranks // kv_heads), 1, kv_heads
+    return sharding.tp_rank * pool.head_num, pool.head_num, ranks * pool.head_num
 
 
 def _is_replicated(pool: HostPool, name: str, sharding: Sharding) -> bool:

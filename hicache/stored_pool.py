@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ..kernels.pages import PageSegments
 from .identity import ModelIdentity, PageIdentity, namespace
 from .pools import HostPool, Sharding, describe, logical_page_size, segments
+from .tiling import NOTHING, Kind, Tiling, tiling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,6 +81,18 @@ def _segments_of(pages: list[torch.Tensor]) -> PageSegments:
     return PageSegments(addresses, [page.nbytes for page in pages], 1, pages)
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the pages of a pool are called now, and whose else may be read."""
+
+    kind: Kind
+    tiling: Tiling = NOTHING
+
+    @property
+    def namespace(self) -> bytes:
+        return self.kind.namespace
+
+
 class StoredPool:
     """One pool of a rank.
 
@@ -87,23 +101,46 @@ class StoredPool:
         name: SGLang's `PoolName`, as text.
         sharding: SGLang's `HiCacheStorageConfig`.
         first_page: the indices of any one page.
+        kv_heads: of the whole model; 0 where it is not known.
 
     Raises:
         NotImplementedError: it says neither where its pages lie nor what they hold.
     """
 
     def __init__(
-        self, host: HostPool, name: str, sharding: Sharding, first_page: torch.Tensor
+        self,
+        host: HostPool,
+        name: str,
+        sharding: Sharding,
+        first_page: torch.Tensor,
+        kv_heads: int = 0,
     ) -> None:
         self.host = host
         self.name = name
         self.access, self.page_bytes = _access(host, name, first_page)
-        self.identity: PageIdentity = describe(host, name, sharding, self.page_bytes)
-        self.namespace = b""
+        self.identity: PageIdentity = describe(host, name, sharding, self.page_bytes, kv_heads)
+        self._standing: Standing | None = None
 
     def belongs_to(self, model: ModelIdentity) -> None:
-        """From now on its pages are those of this model."""
-        self.namespace = namespace(model, self.identity)
+        """From now on its pages are those of this model, and only its own are of any use to it."""
+        self._standing = Standing(Kind(namespace(model, self.identity), model, self.identity))
+
+    def look_around(self, others: Iterable[Kind]) -> Tiling:
+        """Find out which pages of others are of use. Not while `belongs_to` runs in another thread."""
+        kind = self.standing.kind
+        self._standing = Standing(kind, tiling(kind, others))
+        return self._standing.tiling
+
+    @property
+    def standing(self) -> Standing:
+        """To be read once a call: it changes when weights are replaced. `belongs_to` comes first."""
+        assert self._standing is not None
+        return self._standing
+
+    @property
+    def namespace(self) -> bytes:
+        """Of its own pages, now."""
+        return self.standing.namespace
 
     @property
     def page_size(self) -> int:

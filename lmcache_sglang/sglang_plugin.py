@@ -92,6 +92,7 @@ SEAMS = (
     "sglang.srt.arg_groups.overrides.declare_resolution",
     "sglang.srt.mem_cache.hicache_storage.HiCacheStorage",
     "sglang.srt.runtime_context.get_model",
+    "sglang.srt.runtime_context.process_model_config",
 )
 
 
@@ -232,7 +233,7 @@ def create_backend(storage_config: Any) -> Any:
     from sglang.srt.observability.metrics_collector import StorageMetrics
 
     from .hicache.backend import LMCacheBackend
-    from .hicache.engine import model_identity
+    from .hicache.engine import kv_heads, model_identity
     from .store import open_chain, require_room
 
     config = Config.load(storage_config.extra_config)
@@ -244,6 +245,7 @@ def create_backend(storage_config: Any) -> Any:
         chain,
         require_room,
         StorageMetrics if storage_config.enable_storage_metrics else None,
+        kv_heads=kv_heads(),
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
 
 from ..errors import Reason, TierError
@@ -103,6 +104,11 @@ class Chain:
             else None
         )
         self._closed = False
+
+    @property
+    def directories(self) -> list[Path]:
+        """Of those tiers that have one, which other processes see too."""
+        return [tier.directory for tier in self.tiers if isinstance(tier, SlabTier)]
 
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
         here = self._exists_in(self.tiers[0], keys)

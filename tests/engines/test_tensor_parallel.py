@@ -1,4 +1,4 @@
-"""Two ranks share one directory and one memory, each with its own half of the heads."""
+"""Ranks share one directory and one memory, each with its part of the heads; engines of two sizes do, too."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from lmcache_sglang.testing.engine import (
     whole_pages,
 )
 
-FIRST = prompt(1)
+FIRST, SECOND = prompt(1), prompt(2)
+POOL = ("--max-total-tokens", "2048")
 
 
 def test_a_restart_restores_both_halves_from_memory_and_from_the_disk(
     model: Path, folder: Path
 ) -> None:
-    setup = Setup(folder / "store", args=["--tp-size", "2", "--max-total-tokens", "2048"])
+    setup = Setup(folder / "store", args=["--tp-size", "2", *POOL])
     both_halves = 2 * len(FIRST) // setup.page_size
     with server(model, setup, folder / "cold.log") as engine:
         cold = ask(engine, FIRST)
@@ -37,3 +38,23 @@ def test_a_restart_restores_both_halves_from_memory_and_from_the_disk(
     for warm in (from_memory, from_disk):
         assert warm.storage >= 0.95 * whole_pages(FIRST)
         assert warm.tokens == cold.tokens
+
+
+def test_engines_of_one_rank_and_of_two_read_each_others_pages(model: Path, folder: Path) -> None:
+    """Both at once, on one store."""
+    one = Setup(folder / "shared", args=POOL)
+    two = Setup(folder / "shared", args=["--tp-size", "2", *POOL])
+    with server(model, one, folder / "one.log") as of_one:
+        first = ask(of_one, FIRST)
+        with server(model, two, folder / "two.log") as of_two:
+            from_whole = ask(of_two, FIRST)
+            second = ask(of_two, SECOND)
+            until(lambda: pages_in_memory(two) >= (len(FIRST) + 2 * len(SECOND)) // two.page_size)
+            from_halves = ask(of_one, SECOND)
+    assert first.storage == second.storage == 0
+    for before, after, tokens in (
+        (first, from_whole, FIRST),
+        (second, from_halves, SECOND),
+    ):
+        assert after.storage >= 0.95 * whole_pages(tokens)
+        assert after.tokens == before.tokens

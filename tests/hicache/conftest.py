@@ -33,8 +33,16 @@ def _make_pool(
     page_size: int = 4,
     dtype: torch.dtype = torch.bfloat16,
     head_dim: int = 8,
+    heads: int = 2,
+    layers: tuple[int, int] = (0, LAYERS),
 ) -> Any:
-    """A host pool. Args: kind: "<device pool> <layout>", as in test_backend.KINDS."""
+    """A host pool.
+
+    Args:
+        kind: "<device pool> <layout>", as in test_backend.KINDS.
+        heads: of an MHA pool.
+        layers: of an MHA or MLA pool: the first, and one past the last.
+    """
     from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
 
     device_pool, layout = kind.split()
@@ -47,13 +55,13 @@ def _make_pool(
     with host_memory_budget_scope(HOST_BUDGET):
         match device_pool:
             case "mha":
-                return _mha(head_dim, head_dim, **size)
+                return _mha(head_dim, head_dim, heads=heads, layers=layers, **size)
             case "wide":
-                return _mha(head_dim, head_dim // 2, **size)
+                return _mha(head_dim, head_dim // 2, heads=heads, layers=layers, **size)
             case "mla":
-                return _mla(indexed=False, **size)
+                return _mla(indexed=False, layers=layers, **size)
             case "dsa":
-                return _mla(indexed=True, **size)
+                return _mla(indexed=True, layers=layers, **size)
             case "mamba" | "conv" | "sided":
                 return _mamba(pages, layout, device_pool)
             case "paged":
@@ -62,14 +70,20 @@ def _make_pool(
 
 
 def _mha(
-    k_width: int, v_width: int, dtype: torch.dtype, layout: str, page_size: int, tokens: int
+    k_width: int,
+    v_width: int,
+    heads: int,
+    layers: tuple[int, int],
+    dtype: torch.dtype,
+    layout: str,
+    page_size: int,
+    tokens: int,
 ) -> Any:
     from sglang.srt.mem_cache.device_pool_info import KVBufferLayout, KVBuffers, MHABufferInfo
     from sglang.srt.mem_cache.pool_host.mha import get_mha_host_pool_cls
 
-    heads = 2
     k, v = (
-        tuple(torch.empty(page_size, heads, width, dtype=dtype) for _ in range(LAYERS))
+        tuple(torch.empty(page_size, heads, width, dtype=dtype) for _ in range(*layers))
         for width in (k_width, v_width)
     )
     buffers = KVBuffers(
@@ -96,24 +110,32 @@ def _mha(
         layout=layout,
         pin_memory=False,
         device_capacity_tokens=page_size,
-        start_layer=0,
-        end_layer=LAYERS,
+        start_layer=layers[0],
+        end_layer=layers[1],
         host_token_capacity=tokens,
     )
 
 
-def _mla(indexed: bool, dtype: torch.dtype, layout: str, page_size: int, tokens: int) -> Any:
+def _mla(
+    indexed: bool,
+    layers: tuple[int, int],
+    dtype: torch.dtype,
+    layout: str,
+    page_size: int,
+    tokens: int,
+) -> Any:
     from sglang.srt.mem_cache.device_pool_info import MLABufferInfo, MLASplitBuffers
     from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 
     rank, rope, index = 16, 8, 4
-    rows = tuple(torch.empty(page_size, 1, rank + rope, dtype=dtype) for _ in range(LAYERS))
+    count = layers[1] - layers[0]
+    rows = tuple(torch.empty(page_size, 1, rank + rope, dtype=dtype) for _ in range(count))
     split = MLASplitBuffers(
-        k=torch.empty(LAYERS, 1, page_size, 1, rank, dtype=dtype),
-        v=torch.empty(LAYERS, 1, page_size, 1, rope, dtype=dtype),
-        index_k=torch.empty(LAYERS - 1, 1, page_size, 1, index, dtype=dtype) if indexed else None,
-        index_scales=torch.empty(LAYERS - 1, 1, page_size, 1, 1) if indexed else None,
-        index_layer_indices=tuple(range(LAYERS - 1)) if indexed else (),
+        k=torch.empty(count, 1, page_size, 1, rank, dtype=dtype),
+        v=torch.empty(count, 1, page_size, 1, rope, dtype=dtype),
+        index_k=torch.empty(count - 1, 1, page_size, 1, index, dtype=dtype) if indexed else None,
+        index_scales=torch.empty(count - 1, 1, page_size, 1, 1) if indexed else None,
+        index_layer_indices=tuple(range(count - 1)) if indexed else (),
         k_width=rank,
         v_width=rope,
         index_width=index,
@@ -122,8 +144,8 @@ def _mla(indexed: bool, dtype: torch.dtype, layout: str, page_size: int, tokens:
     info = MLABufferInfo(
         buffers=split if is_split else rows,
         data_ptrs=None if is_split else _addresses(rows),
-        layer_indices=tuple(range(LAYERS)),
-        device_layer_num=LAYERS,
+        layer_indices=tuple(range(count)),
+        device_layer_num=count,
         page_size=page_size,
         kv_lora_rank=rank,
         qk_rope_head_dim=rope,
@@ -139,9 +161,9 @@ def _mla(indexed: bool, dtype: torch.dtype, layout: str, page_size: int, tokens:
         layout=layout,
         pin_memory=False,
         device_capacity_tokens=page_size,
-        start_layer=0,
-        end_layer=LAYERS,
-        target_layer_num=LAYERS,
+        start_layer=layers[0],
+        end_layer=layers[1],
+        target_layer_num=count,
         host_token_capacity=tokens,
     )
 
@@ -218,10 +240,11 @@ class Backends:
         cpu: object = "8MiB",
         disk: object = "32MiB",
         beside: LMCacheBackend | None = None,
+        kv_heads: int = 0,
         **sharding: Any,
     ) -> LMCacheBackend:
         """A backend that has no pool yet."""
-        from lmcache_sglang.hicache.backend import LMCacheBackend
+        from lmcache_sglang.hicache.backend import PROVEN, LMCacheBackend
 
         settings = {"path": self.path, "cpu": {"size": cpu}, "disk": {"size": disk}}
         chain = beside._chain if beside else open_chain(Config.of(settings))
@@ -232,7 +255,8 @@ class Backends:
             chain,
             require_room,
             metrics,
-            **({} if self.stored is None else {"stored": self.stored}),
+            stored=PROVEN if self.stored is None else self.stored,
+            kv_heads=kv_heads,
         )
         self._made.append(backend)
         return backend

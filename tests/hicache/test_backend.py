@@ -338,8 +338,6 @@ def test_the_start_of_a_request_outlives_its_end_over_batches(
         ({"dtype": torch.float16}, {}),  # as wide as the bfloat16 of the pages
         ({"page_size": 8}, {}),
         ({"page_size": 8, "head_dim": 4}, {}),  # as many bytes as the pages
-        ({"kind": "mha page_head"}, {}),
-        ({"kind": "mha page_first_direct"}, {}),
         ({"kind": "mla page_first"}, {}),
         ({"kind": "mla page_first"}, {"is_mla_model": True}),
     ],

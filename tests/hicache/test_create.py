@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,16 @@ from lmcache_sglang.sglang_plugin import create_backend
 MIB = 1 << 20
 
 Create = Callable[..., Any]
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+}
 
 
 @pytest.fixture
@@ -36,6 +47,7 @@ def create(
     ) -> Any:
         model = tmp_path / "model"
         model.mkdir(exist_ok=True)
+        (model / "config.json").write_text(json.dumps(CONFIG))
         (model / "model.bin").write_bytes(weights)
         config = storage_config(
             extra_config=settings | (extra or {}), enable_storage_metrics=metrics
