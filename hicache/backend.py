@@ -30,7 +30,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 
 from ..storage.base import PAGE_HASH_BYTES
-from . import restorable, weights
+from . import patience, restorable, weights
 from .assembly import assemble
 from .form import PageForm
 from .identity import ModelIdentity
@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from sglang.srt.observability.metrics_collector import StorageMetrics
 
     from ..kernels.pages import PageSegments
+    from ..storage.base import Limits, Tier
     from ..storage.chain import Chain
+    from .recompute import Recompute
     from .tiling import Tiling
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         metrics: makes SGLang's empty `StorageMetrics`, or None when SGLang does not collect them.
         stored: pools whose pages are stored; a model with another one is refused at start.
         kv_heads: of the whole model; 0 where it is not known.
+        recompute: declines to restore what is computed sooner; None restores whatever there is.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         metrics: Callable[[], StorageMetrics] | None = None,
         stored: frozenset[PoolName] = PROVEN,
         kv_heads: int = 0,
+        recompute: Recompute | None = None,
     ) -> None:
         self._sharding = sharding
         self._model = model
@@ -85,6 +89,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         self._require_room = require_room
         self._stored = stored
         self._kv_heads = kv_heads
+        self._recompute = recompute
         self._pools: dict[PoolName, StoredPool] = {}
         self._namespaces = Namespaces(chain.directories)
         self._naming = Lock()  # held where a pool's standing changes
@@ -186,11 +191,24 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         """How many of the first pages are stored, without a gap."""
         if self._anchor_is_logical:
             return len(keys)
-        (here,) = self._here([(PoolName.KV, keys)])
-        return here.index(False) if False in here else len(here)
+        ((here, tiers),) = self._here([(PoolName.KV, keys)])
+        return self._worth(tiers[: restorable.all_pages(here).boundary])
 
-    def _here(self, asked: Sequence[tuple[PoolName, Sequence[str]]]) -> list[list[bool]]:
-        """Which pages of each pool are stored, whole or in pieces that others stored: one lookup."""
+    def _worth(self, tiers: Sequence[Tier]) -> int:
+        """How many of the first KV pages it pays to restore. Args: tiers: that have them."""
+        pool = self._pools.get(PoolName.KV)
+        if self._recompute is None or pool is None:
+            return len(tiers)
+        rates = [self._chain.rates[tier.name] for tier in tiers]
+        return self._recompute.pays(rates, pool.page_bytes, pool.page_size)
+
+    def _here(
+        self, asked: Sequence[tuple[PoolName, Sequence[str]]]
+    ) -> list[tuple[list[bool], list[Tier]]]:
+        """Which pages of each pool are stored, whole or in pieces that others stored: one lookup.
+
+        And of those that are, in turn, the tier they come from: of pieces the lowest.
+        """
         self._look_around()
         wanted = [
             (pool.standing if (pool := self._pools.get(name)) else None, _raw(page_hashes))
@@ -200,8 +218,28 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         for standing, raw in wanted:
             for space in _spaces(standing):
                 keys += [space + page_hash for page_hash in raw]
-        found = iter(self._chain.exists(keys))
-        return [_whole(standing, len(raw), found) for standing, raw in wanted]
+        found = iter(self._chain.holders(keys))
+        return [self._whole(standing, len(raw), found) for standing, raw in wanted]
+
+    def _whole(
+        self, standing: Standing | None, pages: int, found: Iterator[Tier | None]
+    ) -> tuple[list[bool], list[Tier]]:
+        """Which pages there are, from the answers in the order of `_spaces`; of a pool that is not stored, none."""
+        if standing is None:
+            return [], []
+        holders = [next(found) for _ in range(pages)]
+        for cover in standing.tiling.covers:
+            pieces = [[next(found) for _ in range(pages)] for _ in cover]
+            lowest = [self._lowest(parts) for parts in zip(*pieces, strict=True)]
+            holders = [own or there for own, there in zip(holders, lowest, strict=True)]
+        here = [holder is not None for holder in holders]
+        return here, [holder for holder in holders if holder is not None]
+
+    def _lowest(self, holders: Sequence[Tier | None]) -> Tier | None:
+        there = {holder.name for holder in holders if holder is not None}
+        if None in holders:
+            return None
+        return next(tier for tier in reversed(self._chain.tiers) if tier.name in there)
 
     def exists(self, key: str) -> bool:
         return self.batch_exists([key]) == 1
@@ -218,11 +256,12 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         """
         transfers = pool_transfers or []
         asked = [(transfer.name, _asked_of(transfer, keys)) for transfer in transfers]
-        here, *others = self._here([(PoolName.KV, keys), *asked])
+        (here, tiers), *others = self._here([(PoolName.KV, keys), *asked])
         usable = restorable.all_pages([True] * len(keys) if self._anchor_is_logical else here)
         hits = {PoolName.KV: usable.boundary}
-        allowed = usable.prefixes
-        for transfer, its in zip(transfers, others, strict=True):
+        worth = self._worth(tiers[: usable.boundary]) if not self._anchor_is_logical else len(keys)
+        allowed = frozenset(pages for pages in usable.prefixes if pages <= worth)
+        for transfer, (its, _) in zip(transfers, others, strict=True):
             allowed &= self._judge(transfer, its[: usable.boundary], its, hits)
         prefixes = sorted(allowed)
         boundaries = {name: pages for name, pages in hits.items() if pages}
@@ -312,10 +351,11 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         with pool.access.writing(host_indices) as (into, take):
             keys = [standing.namespace + page_hash for page_hash in raw]
             parent = standing.namespace + before if before else b""
-            held = self._chain.get(keys, into, parent=parent)
+            limits = patience.current()
+            held = self._chain.get(keys, into, parent=parent, limits=limits)
             if not all(held):
                 self._look_around()  # SGLang does not always ask first whether pages are here
-                held = self._put_together(pool.standing, raw, before, into, held)
+                held = self._put_together(pool.standing, raw, before, into, held, limits)
             take(held)
         self._measure(read=True, pages=sum(held), size=pool.page_bytes, started=started)
         return held
@@ -327,6 +367,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         before: bytes,
         into: PageSegments,
         held: list[bool],
+        limits: Limits,
     ) -> list[bool]:
         """Of the pages that are not stored whole, those that there are all pieces of."""
         if not standing.tiling.covers:
@@ -337,7 +378,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
                 parent = raw[run.start - 1] if run.start else before
                 chosen, places = raw[run.start : run.stop], into.select(run)
                 held[run.start : run.stop] = assemble(
-                    self._chain, cover, form, chosen, places, before=parent
+                    self._chain, cover, form, chosen, places, before=parent, limits=limits
                 )
         return held
 
@@ -448,17 +489,6 @@ def _spaces(standing: Standing | None) -> list[bytes]:
         return []
     pieces = [piece.namespace for cover in standing.tiling.covers for piece in cover]
     return [standing.namespace, *pieces]
-
-
-def _whole(standing: Standing | None, pages: int, found: Iterator[bool]) -> list[bool]:
-    """Which pages there are, from the answers in the order of `_spaces`; of a pool that is not stored, none."""
-    if standing is None:
-        return []
-    here = [next(found) for _ in range(pages)]
-    for cover in standing.tiling.covers:
-        pieces = [[next(found) for _ in range(pages)] for _ in cover]
-        here = [own or all(parts) for own, *parts in zip(here, *pieces, strict=True)]
-    return here
 
 
 def _gaps(held: Sequence[bool]) -> list[range]:

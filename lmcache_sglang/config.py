@@ -206,6 +206,11 @@ class Config(_Section):
     path: Path = Field(default_factory=_default_path, description="The store directory.")
     cpu: CpuConfig = CpuConfig()
     disk: DiskConfig = DiskConfig()
+    restore: Literal["when-faster", "always"] = Field(
+        default="when-faster",
+        description="Whether a prefix that the engine computes sooner than it is read is computed, by what "
+        "was measured of both.",
+    )
     peers: Path | None = Field(default=None, description="The peer-sharing file (a later version).")
     direct: bool = Field(default=False, description="Restore without SGLang's host tier (later).")
 

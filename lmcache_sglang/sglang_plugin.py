@@ -14,7 +14,11 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     SchedulerWeightUpdaterManager.update_weights_…  new weights find none of the old ones' pages
     HiCacheController.reset                         nor those that were still being stored
     HybridCacheController.parse_storage_backend_…   whether the user set what the next one turns on
-    StorageAttachment.apply_runtime_config          batches come with the hashes of the pages before
+    StorageAttachment.apply_runtime_config          batches come with the hashes of the pages before; reads
+                                                    follow the prefetch policy
+    HybridCacheController._page_transfer_with_…     and so does each call within a read
+    PrefetchOperation.mark_terminate                ends the call that a read is in
+    SchedulerMetricsReporter.report_prefill_stats   how fast this engine computes
 
 The name stays `lmcache` everywhere, in SGLang's logs and metrics too. (The other way, rewriting the flag
 to `dynamic`, loses it, and does not reach the admin route that attaches a backend at run time.)
@@ -28,6 +32,7 @@ from __future__ import annotations
 import logging
 import pkgutil
 import threading
+import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from importlib.metadata import version
@@ -66,6 +71,11 @@ _RESET = f"{_CONTROLLER}.reset"
 _PARSE = f"{_HYBRID}.parse_storage_backend_extra_config"
 _ATTACHMENT = "sglang.srt.mem_cache.unified_cache.storage_attachment.StorageAttachment"
 _APPLY = f"{_ATTACHMENT}.apply_runtime_config"
+_TRANSFER = f"{_HYBRID}._page_transfer_with_stable_layout"
+_OPERATION = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.PrefetchOperation"
+_TERMINATE = f"{_OPERATION}.mark_terminate"
+_REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter"
+_PREFILLED = f"{_REPORTER}.SchedulerMetricsReporter.report_prefill_stats"
 _PREFIX_KEYS = "hicache_storage_pass_prefix_keys"  # SGLang's own key of the extra config
 _ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
 
@@ -87,6 +97,10 @@ SEAMS = (
     _RESET,
     _PARSE,
     _APPLY,
+    _TRANSFER,
+    _TERMINATE,
+    f"{_OPERATION}.is_terminated",
+    _PREFILLED,
     f"{_CONTROLLER}._page_get_zero_copy",
     f"{_CONTROLLER}._page_set_zero_copy",
     "sglang.srt.arg_groups.overrides.declare_resolution",
@@ -98,6 +112,7 @@ SEAMS = (
 
 # Set once the arguments of an engine with the flag were looked at; adapters get their ids after that.
 _FLAG_IN_USE = threading.Event()
+_BACKEND_MADE = threading.Event()  # in this process
 
 
 def activate() -> None:
@@ -123,6 +138,10 @@ def activate() -> None:
     HookRegistry.register(_RESET, _forget_replaced_weights, HookType.AFTER)
     HookRegistry.register(_PARSE, _look_for_a_choice, HookType.AFTER)
     HookRegistry.register(_APPLY, _pass_prefix_keys, HookType.BEFORE)
+    HookRegistry.register(_APPLY, _watch_the_policy, HookType.AFTER)
+    HookRegistry.register(_TRANSFER, _read_in_time, HookType.AROUND)
+    HookRegistry.register(_TERMINATE, _give_up, HookType.AFTER)
+    HookRegistry.register(_PREFILLED, _note_the_speed, HookType.BEFORE)
 
 
 def missing_seams() -> list[str]:
@@ -234,11 +253,13 @@ def create_backend(storage_config: Any) -> Any:
 
     from .hicache.backend import LMCacheBackend
     from .hicache.engine import kv_heads, model_identity
+    from .hicache.recompute import Recompute
     from .store import open_chain, require_room
 
     config = Config.load(storage_config.extra_config)
     model = model_identity(storage_config.model_name)
     chain = open_chain(config)  # last: nobody would close it
+    _BACKEND_MADE.set()
     return LMCacheBackend(
         storage_config,
         model,
@@ -246,6 +267,7 @@ def create_backend(storage_config: Any) -> Any:
         require_room,
         StorageMetrics if storage_config.enable_storage_metrics else None,
         kv_heads=kv_heads(),
+        recompute=Recompute() if config.restore == "when-faster" else None,
     )
 
 
@@ -315,6 +337,47 @@ def _pass_prefix_keys(
         return None
     changed = named | {"storage_backend": storage_backend, _PREFIX_KEYS: True}
     return (attachment, *rest), changed
+
+
+def _watch_the_policy(
+    _: None, attachment: Any, *__: Any, storage_backend: Any = None, **___: Any
+) -> None:
+    """The tree has the prefetch policy, and gets another when it is changed at run time."""
+    if storage_backend == NAME:
+        from .hicache import patience
+
+        cache = attachment._cache
+        patience.watch(cache.cache_controller, cache)
+
+
+def _read_in_time(
+    original: Callable[..., Any], controller: Any, operation: Any, *rest: Any, **named: Any
+) -> Any:
+    if getattr(controller, "storage_backend_type", None) != NAME:
+        return original(controller, operation, *rest, **named)
+    from .hicache import patience
+
+    with patience.reading(controller, operation):
+        return original(controller, operation, *rest, **named)
+
+
+def _give_up(_: None, operation: Any, *__: Any, **___: Any) -> None:
+    """On the scheduler's thread. Of another backend's operation there is nothing to end."""
+    from .hicache import patience
+
+    patience.give_up(operation)
+
+
+def _note_the_speed(
+    _: Any, batch: Any = None, prefill_stats: Any = None, *__: Any, **___: Any
+) -> None:
+    """On the scheduler's thread, once a prefill batch."""
+    launched = getattr(batch, "launch_ts", None)
+    if not _BACKEND_MADE.is_set() or not launched:
+        return
+    from .hicache import recompute
+
+    recompute.computed(prefill_stats.log_input_tokens, time.monotonic() - launched)
 
 
 def _identify_adapter(original: Callable[[str, str], str], lora_name: str, lora_path: str) -> str:

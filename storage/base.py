@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..kernels.pages import PageSegments
-from ._native import Cancel
+from ._native import Cancel as Cancel  # noqa: PLC0414  # callers take it from here
 
 NAMESPACE_BYTES = 16
 PAGE_HASH_BYTES = 32

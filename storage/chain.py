@@ -13,6 +13,7 @@ comes out of a chain is only ever bytes that were verified.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
@@ -35,6 +36,7 @@ from .breaker import Breaker
 from .faults import Faults
 from .groups import groups
 from .keeper import Keeper
+from .rate import Rate
 from .slab.tier import SlabTier
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class Chain:
         self.tiers: list[Tier] = [tier for tier in (upper, lower) if tier is not None]
         if not self.tiers:
             raise ValueError("a chain needs a tier")
+        self.rates = {tier.name: Rate() for tier in self.tiers}  # of bytes read
         self._admission = admission or All()
         self._promotion = promotion
         self._breakers = {(tier.name, call): Breaker() for tier in self.tiers for call in _BREAKERS}
@@ -111,16 +114,21 @@ class Chain:
         return [tier.directory for tier in self.tiers if isinstance(tier, SlabTier)]
 
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        here = self._exists_in(self.tiers[0], keys)
-        for tier in self.tiers[1:]:
-            if all(here):
+        return [tier is not None for tier in self.holders(keys)]
+
+    def holders(self, keys: Sequence[bytes]) -> list[Tier | None]:
+        """Of each page the first tier that has it; None: no tier has."""
+        holders: list[Tier | None] = [None] * len(keys)
+        missing = list(range(len(keys)))
+        for tier in self.tiers:
+            answers = self._exists_in(tier, [keys[i] for i in missing])
+            for i, here in zip(missing, answers, strict=True):
+                if here:
+                    holders[i] = tier
+            missing = [i for i in missing if holders[i] is None]
+            if not missing:
                 break
-            missing = [i for i, found in enumerate(here) if not found]
-            wanted = [keys[i] for i in missing]
-            answers = self._exists_in(tier, wanted)
-            for i, answer in zip(missing, answers, strict=True):
-                here[i] = answer
-        return here
+        return holders
 
     def _exists_in(self, tier: Tier, keys: Sequence[bytes]) -> list[bool]:
         """Nothing, for a tier whose reads are left alone: it would promise what no `get` delivers."""
@@ -175,8 +183,16 @@ class Chain:
         """Which of the wanted pages a tier delivered. Corrupt ones are removed, so a write heals."""
         asked = [keys[i] for i in wanted]
         missed = [Lookup.MISS] * len(asked)
-        outcome = self._ask(tier, missed, tier.get, asked, into.select(wanted), limits)
+        places, started = into.select(wanted), time.perf_counter()
+        outcome = self._ask(tier, missed, tier.get, asked, places, limits)
+        hits = outcome.count(Lookup.HIT)
+        if hits:
+            took = time.perf_counter() - started
+            self.rates[tier.name].add(sum(places.sizes) * hits / len(asked), took)
+        given_up = limits.cancel is not None and limits.cancel.is_set()
         for what, (reason, detail) in _WENT_WRONG.items():
+            if what is Lookup.LATE and given_up:  # by its caller's choice: nothing went wrong
+                continue
             if concerned := [key for key, o in zip(asked, outcome, strict=True) if o is what]:
                 self.faults.record(tier.name, reason.value, detail, len(concerned))
                 if what is Lookup.CORRUPT:

@@ -413,7 +413,8 @@ def test_hashes_of_the_pages_before_are_passed_unless_the_user_says_no(
         load_plugins()
         from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
         from sglang.srt.mem_cache.unified_cache.storage_attachment import StorageAttachment
-        cache = SimpleNamespace(enable_storage=True, page_size=16)
+        class Controller: pass
+        cache = SimpleNamespace(enable_storage=True, page_size=16, cache_controller=Controller())
         attachment = StorageAttachment(cache)
         parsed = HybridCacheController.parse_storage_backend_extra_config({given!r})
         attachment.apply_runtime_config(
@@ -426,6 +427,83 @@ def test_hashes_of_the_pages_before_are_passed_unless_the_user_says_no(
         """
     )
     assert answer.result is passed
+
+
+READ = """
+        load_plugins()
+        from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
+        from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import (
+            HybridCacheController, PrefetchOperation,
+        )
+        from sglang.srt.mem_cache.unified_cache.storage_attachment import StorageAttachment
+        from lmcache_sglang.hicache import patience
+        from lmcache_sglang.storage.base import NO_LIMITS
+        seen = []
+        class Controller(HybridCacheController):
+            storage_backend_type = "{backend}"
+            def __init__(self): pass
+            def _page_transfer_kv_batch(self, operation, *_):
+                seen.append(patience.current())
+                operation.mark_terminate()
+                return 8
+            page_size = 16
+            prefetch_sync_queue = __import__("queue").Queue()
+            mem_pool_host = SimpleNamespace(layout_lease=__import__("contextlib").nullcontext)
+        controller = Controller()
+        cache = SimpleNamespace(
+            enable_storage=True, page_size=16, cache_controller=controller,
+            prefetch_stop_policy="timeout",
+        )
+        StorageAttachment(cache).apply_runtime_config(
+            storage_backend="{backend}", prefetch_threshold=256, prefetch_timeout_base=2.0,
+            prefetch_timeout_per_ki_token=64.0, hicache_storage_pass_prefix_keys=False,
+            enable_storage=True, enable_storage_metrics=False, extra_metric_labels=None,
+        )
+        operation = PrefetchOperation(CacheRequestHandle("r", 0), [], None)
+        operation.hash_value, operation.host_indices = ["00"] * 8, list(range(128))
+        controller._page_transfer(operation)
+        (limits,) = seen
+        result = [limits.seconds, limits is not NO_LIMITS and limits.cancel.is_set()]
+        """
+
+
+@needs_sglang
+@pytest.mark.parametrize(("backend", "wanted"), [(NAME, [10.0, True]), ("file", [None, False])])
+def test_a_read_has_sglangs_budget_and_ends_when_sglang_gives_it_up(
+    backend: str, wanted: list[object], scenario: Scenario
+) -> None:
+    """Through SGLang's own controller and operation: 2 s and 64 s a Ki-token, 8 pages of 16 tokens."""
+    assert scenario(READ.replace("{backend}", backend)).result == wanted
+
+
+@needs_sglang
+@pytest.mark.parametrize("made", [True, False])
+def test_the_speed_of_the_engine_is_noted_where_it_is_of_use(
+    made: bool, scenario: Scenario
+) -> None:
+    answer = scenario(
+        f"""
+        load_plugins()
+        from sglang.srt.managers.scheduler_components.metrics_reporter import (
+            PrefillStats, SchedulerMetricsReporter,
+        )
+        from lmcache_sglang import sglang_plugin
+        from lmcache_sglang.hicache import recompute
+        if {made}:
+            sglang_plugin._BACKEND_MADE.set()
+        batch = SimpleNamespace(launch_ts=__import__("time").monotonic() - 1.0)
+        stats = SimpleNamespace(log_input_tokens=5000)
+        quiet = SimpleNamespace(is_stats_logging_rank=False, current_scheduler_metrics_enabled=False)
+        SchedulerMetricsReporter.report_prefill_stats(quiet, batch, stats, False)
+        SchedulerMetricsReporter.report_prefill_stats(
+            quiet, batch=batch, prefill_stats=stats, can_run_cuda_graph=False
+        )
+        result = [recompute._prefill.seen, recompute._prefill.seconds_of(5000)]
+        """
+    )
+    tokens, seconds = answer.result
+    assert tokens == (10_000 if made else 0)
+    assert seconds == pytest.approx(1.0 if made else 0.0, abs=0.2)
 
 
 @needs_sglang

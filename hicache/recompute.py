@@ -1,0 +1,93 @@
+"""Whether restoring a prefix pays: what it would take, against computing it anew, both as measured here.
+
+    restore      bytes of each page / rate of the tier that has it
+    recompute    tokens of each page / rate of this engine's prefill
+
+The best prefix is the one where most time is saved. A disk that is slow, or shared, may well be slower than a
+fast GPU on a small model; its pages are then computed, while those in memory before them are restored.
+
+Until enough of both was seen, everything is restored. So is everything once in a while, or a tier that was slow
+would be taken for slow for good.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from threading import Lock
+
+from ..storage.rate import Rate
+
+LEAST_TOKENS = 4096  # computed, before a rate is believed
+LEAST_BYTES = 64 << 20  # read from a tier, before its rate is believed
+LEAST_BATCH = 64  # tokens of a batch that says something about the rate
+MARGIN = 1.25  # a restore must be expected to take so much longer before it is declined
+RETRY_SECONDS = 30.0
+
+_prefill = Rate()  # of this process, whatever store is attached
+
+
+def computed(tokens: int, seconds: float) -> None:
+    """A prefill batch ended. Args: seconds: since it was launched."""
+    if tokens >= LEAST_BATCH:
+        _prefill.add(tokens, seconds)
+
+
+class Recompute:
+    """Of one backend.
+
+    Args:
+        prefill: tokens that this engine computes.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self, prefill: Rate | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._prefill = prefill or _prefill
+        self._clock = clock
+        self._lock = Lock()
+        self._retried = clock()
+        self.declined = 0  # pages
+
+    def pays(self, tiers: Sequence[Rate], page_bytes: int, page_tokens: int) -> int:
+        """How many of the first pages to restore.
+
+        Args:
+            tiers: of each page, the rate of the tier that has it, in bytes.
+        """
+        known = self._prefill.seen >= LEAST_TOKENS
+        if not known or all(self._is_faster(tier, page_bytes, page_tokens) for tier in set(tiers)):
+            return len(tiers)
+        best = self._best([self._gain(tier, page_bytes, page_tokens) for tier in tiers])
+        if best == len(tiers) or self._is_time_to_retry():
+            return len(tiers)
+        with self._lock:
+            self.declined += len(tiers) - best
+        return best
+
+    def _is_faster(self, tier: Rate, page_bytes: int, page_tokens: int) -> bool:
+        return self._gain(tier, page_bytes, page_tokens) >= 0
+
+    def _gain(self, tier: Rate, page_bytes: int, page_tokens: int) -> float:
+        """Seconds that restoring a page saves."""
+        if tier.seen < LEAST_BYTES:
+            return 0.0
+        return MARGIN * self._prefill.seconds_of(page_tokens) - tier.seconds_of(page_bytes)
+
+    @staticmethod
+    def _best(gains: Sequence[float]) -> int:
+        """The longest prefix that saves most."""
+        best, most, total = 0, 0.0, 0.0
+        for pages, gain in enumerate(gains, 1):
+            total += gain
+            if total >= most:
+                best, most = pages, total
+        return best
+
+    def _is_time_to_retry(self) -> bool:
+        with self._lock:
+            if self._clock() - self._retried < RETRY_SECONDS:
+                return False
+            self._retried = self._clock()
+            return True

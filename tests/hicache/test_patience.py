@@ -1,0 +1,105 @@
+"""A read ends when SGLang gives it up, and when SGLang's budget for it is spent."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from lmcache_sglang.hicache import patience
+from lmcache_sglang.storage.base import NO_LIMITS
+from tests.hicache.test_backend import USUAL, indices, page_hashes
+
+
+@dataclass
+class Operation:
+    """As SGLang's `PrefetchOperation`."""
+
+    pages: int = 8
+    terminated: bool = False
+    hash_value: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.hash_value = page_hashes(self.pages)
+
+    def is_terminated(self) -> bool:
+        return self.terminated
+
+
+@dataclass
+class Cache:
+    """The attributes of SGLang's tree that hold its policy."""
+
+    prefetch_stop_policy: str = "timeout"
+    prefetch_timeout_base: float = 1.0
+    prefetch_timeout_per_page: float = 0.25
+
+
+class Controller:
+    """Anything that can be a weak key."""
+
+
+def test_outside_of_a_read_there_are_no_limits() -> None:
+    assert patience.current() is NO_LIMITS
+    with patience.reading(Controller(), Operation()):
+        assert patience.current() is not NO_LIMITS
+    assert patience.current() is NO_LIMITS
+
+
+def test_the_limits_are_of_one_thread() -> None:
+    seen = []
+    with patience.reading(Controller(), Operation()):
+        other = threading.Thread(target=lambda: seen.append(patience.current()))
+        other.start()
+        other.join()
+    assert seen == [NO_LIMITS]
+
+
+@pytest.mark.parametrize(
+    ("policy", "seconds"), [("timeout", 3.0), ("best_effort", None), ("wait_complete", None)]
+)
+def test_the_budget_is_that_of_the_policy(policy: str, seconds: float | None) -> None:
+    controller, cache = Controller(), Cache(policy)
+    patience.watch(controller, cache)
+    with patience.reading(controller, Operation(8)):
+        assert patience.current().seconds == seconds
+
+
+def test_a_policy_that_changes_while_serving_is_followed() -> None:
+    controller, cache = Controller(), Cache()
+    patience.watch(controller, cache)
+    cache.prefetch_stop_policy = "wait_complete"
+    with patience.reading(controller, Operation()):
+        assert patience.current().seconds is None
+
+
+def test_a_controller_that_nobody_watches_has_no_budget() -> None:
+    with patience.reading(Controller(), Operation()):
+        assert patience.current().seconds is None
+
+
+def test_what_is_given_up_before_it_is_read_is_not_read() -> None:
+    operation = Operation()
+    patience.give_up(operation)  # not begun: nothing to end
+    operation.terminated = True
+    with patience.reading(Controller(), operation):
+        cancel = patience.current().cancel
+        assert cancel is not None
+        assert cancel.is_set()
+
+
+def test_giving_up_ends_a_read_between_two_calls(make_pool: Any, backends: Any) -> None:
+    pool = make_pool(USUAL)
+    backend = backends.open(pool, cpu=0)
+    keys = page_hashes(2)
+    assert backend.batch_set_v1(keys, indices(pool, [0, 1])) == [True, True]
+    operation = Operation()
+    with patience.reading(Controller(), operation):
+        assert backend.batch_get_v1(keys, indices(pool, [2, 3])) == [True, True]
+        patience.give_up(operation)
+        assert backend.batch_get_v1(keys, indices(pool, [4, 5])) == [False, False]
+    assert backend.batch_get_v1(keys, indices(pool, [4, 5])) == [True, True]
+    assert backend._chain.faults.counts() == {}  # SGLang's choice, not the tier's fault
+    assert not any(breaker.resting for breaker in backend._chain._breakers.values())
