@@ -20,7 +20,7 @@ from ..config import SHARED_MEMORY, Config
 from ..storage.slab.opening import Place
 from ..storage.slab.settings import SlabSettings
 from ..storage.slab.tier import SlabTier
-from .server import Entry, SGLangServer
+from .server import ANSWER_SECONDS, Entry, ServerRefused, SGLangServer
 
 PAGE_SIZE = 16
 ADMIN_KEY = "an admin's key"
@@ -59,6 +59,7 @@ class Setup:
     entry: Entry = "launch_server"
     page_size: int = PAGE_SIZE
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings of each tier
+    sglang: Mapping[str, Any] = field(default_factory=dict)  # SGLang's own keys beside them
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class Setup:
 
     @property
     def extra_config(self) -> str:
-        return json.dumps(self.settings)
+        return json.dumps({**self.settings, **self.sglang})
 
     @property
     def memory(self) -> Path:
@@ -104,8 +105,19 @@ def server(model: Path, setup: Setup, log: Path, *, python: str = sys.executable
     )
 
 
-def ask(server: SGLangServer, prompt: Sequence[int], **request: Any) -> Answer:
-    """The greedy continuation of token ids. Args: request: further keys of SGLang's /generate."""
+def ask(
+    server: SGLangServer,
+    prompt: Sequence[int],
+    *,
+    timeout: float = ANSWER_SECONDS,
+    **request: Any,
+) -> Answer:
+    """The greedy continuation of token ids.
+
+    Args:
+        timeout: seconds without a byte of the answer; then TimeoutError.
+        request: further keys of SGLang's /generate.
+    """
     body = {
         "input_ids": list(prompt),
         "sampling_params": {
@@ -115,7 +127,7 @@ def ask(server: SGLangServer, prompt: Sequence[int], **request: Any) -> Answer:
         },
         **request,
     }
-    answer = server.post("/generate", body)
+    answer = server.post("/generate", body, timeout)
     cached = answer["meta_info"].get("cached_tokens_details") or {}
     return Answer(
         answer["output_ids"],
@@ -124,6 +136,19 @@ def ask(server: SGLangServer, prompt: Sequence[int], **request: Any) -> Answer:
         cached.get("storage", 0),
         cached.get("storage_backend"),
     )
+
+
+def flush(server: SGLangServer) -> None:
+    """Empty the device and host pools; SGLang refuses while pages are being stored, so again."""
+    until(lambda: _flushed(server))
+
+
+def _flushed(server: SGLangServer) -> bool:
+    try:
+        server.post("/flush_cache")
+    except ServerRefused:
+        return False
+    return True
 
 
 def prompt(seed: int, tokens: int = 400) -> list[int]:

@@ -29,6 +29,7 @@ Entry = Literal["launch_server", "serve"]
 
 POLL_SECONDS = 0.1
 TAIL_LINES = 40
+ANSWER_SECONDS = 300.0
 ATTEMPTS = 3  # at a port of our own choice
 PORT_TAKEN = "address already in use"
 PORTS = range(20_000, 30_000)  # below those that the kernel hands out unasked
@@ -170,8 +171,8 @@ class SGLangServer:
     def get(self, path: str) -> Any:
         return self._ask("GET", path)
 
-    def post(self, path: str, body: object = None) -> Any:
-        return self._ask("POST", path, body)
+    def post(self, path: str, body: object = None, timeout: float = ANSWER_SECONDS) -> Any:
+        return self._ask("POST", path, body, timeout)
 
     def put(self, path: str, body: object = None) -> Any:
         return self._ask("PUT", path, body)
@@ -188,7 +189,9 @@ class SGLangServer:
         answer: dict[str, Any] = self.post("/generate", {key: value, "sampling_params": params})
         return answer
 
-    def _ask(self, method: str, path: str, body: object = None, timeout: float = 300.0) -> Any:
+    def _ask(
+        self, method: str, path: str, body: object = None, timeout: float = ANSWER_SECONDS
+    ) -> Any:
         """The answer, parsed where it is JSON; an HTTP error becomes `ServerRefused`."""
         request = urllib.request.Request(self.url + path, method=method)
         if self._api_key is not None:

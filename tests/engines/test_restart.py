@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,8 +24,8 @@ from lmcache_sglang.testing.engine import (
 from lmcache_sglang.testing.server import SGLangServer
 
 FIRST = prompt(1)
-SALTED = {"cache_salt": "tenant-a"}
-KEYED = {"extra_key": "adapter-a"}  # where SGLang puts the id of a LoRA adapter
+SALTED: dict[str, Any] = {"cache_salt": "tenant-a"}
+KEYED: dict[str, Any] = {"extra_key": "adapter-a"}  # where SGLang puts the id of a LoRA adapter
 SMALL = ("--max-total-tokens", "1024", "--hicache-ratio", "2", "--enable-metrics")
 
 

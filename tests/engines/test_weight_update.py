@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_sglang.testing.engine import Answer, Setup, ask, prompt, server, until
+from lmcache_sglang.testing.engine import Answer, Setup, ask, flush, prompt, server
 from lmcache_sglang.testing.server import ServerRefused, SGLangServer
 from lmcache_sglang.testing.tiny_model import make_tiny_llama
 
@@ -50,15 +50,7 @@ def update(engine: SGLangServer, model: Path) -> None:
         engine.post("/update_weights_from_disk", {"model_path": str(model)})
     except ServerRefused as refusal:
         assert "the cache was not flushed" in refusal.body
-    until(lambda: _flushed(engine))
-
-
-def _flushed(engine: SGLangServer) -> bool:
-    try:
-        engine.post("/flush_cache")
-    except ServerRefused:
-        return False
-    return True
+    flush(engine)
 
 
 def test_new_weights_never_get_the_old_ones_pages(answers: dict[str, Answer]) -> None:
