@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lmdb
 
@@ -53,7 +53,8 @@ class Setup:
     store: Path
     cpu: str | int = "64MiB"
     disk: str | int = "256MiB"
-    flag: bool = True  # with --hicache-storage-backend lmcache from the start
+    flag: bool = True  # with --hicache-storage-backend from the start
+    backend: Literal["lmcache", "file"] = "lmcache"
     args: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     entry: Entry = "launch_server"
@@ -72,7 +73,9 @@ class Setup:
 
     @property
     def extra_config(self) -> str:
-        return json.dumps({**self.settings, **self.sglang})
+        """All that the backend and SGLang are told."""
+        ours = {"file_storage_path": str(self.store)} if self.backend == "file" else self.settings
+        return json.dumps({**ours, **self.sglang})
 
     @property
     def memory(self) -> Path:
@@ -86,7 +89,7 @@ class Setup:
 
 def server(model: Path, setup: Setup, log: Path, *, python: str = sys.executable) -> SGLangServer:
     """A server that is yet to be started."""
-    storage = ["--hicache-storage-backend", "lmcache"]
+    storage = ["--hicache-storage-backend", setup.backend]
     storage += ["--hicache-storage-backend-extra-config", setup.extra_config]
     common = ["--page-size", str(setup.page_size), "--served-model-name", "tiny"]
     common += ["--admin-api-key", ADMIN_KEY, "--enable-cache-report"]
@@ -118,19 +121,39 @@ def ask(
         timeout: seconds without a byte of the answer; then TimeoutError.
         request: further keys of SGLang's /generate.
     """
-    body = {
-        "input_ids": list(prompt),
-        "sampling_params": {
-            "temperature": 0,
-            "max_new_tokens": NEW_TOKENS,
-            "ignore_eos": True,
-        },
-        **request,
-    }
-    answer = server.post("/generate", body, timeout)
-    cached = answer["meta_info"].get("cached_tokens_details") or {}
+    return _answer(server.post("/generate", _body(list(prompt), request), timeout))
+
+
+def ask_at_once(
+    server: SGLangServer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    timeout: float = ANSWER_SECONDS,
+    **request: Any,
+) -> list[Answer]:
+    """As `ask`, of several prompts that come to the engine together, in this order."""
+    body = _body([list(prompt) for prompt in prompts], request)
+    return [_answer(each) for each in server.post("/generate", body, timeout)]
+
+
+def ask_timed(server: SGLangServer, prompt: Sequence[int], **request: Any) -> tuple[Answer, float]:
+    """As `ask`, and the seconds until the first token came."""
+    begun = time.perf_counter()
+    said = server.stream("/generate", _body(list(prompt), request))
+    first = next(said)
+    seconds = time.perf_counter() - begun
+    return _answer([first, *said][-1]), seconds
+
+
+def _body(input_ids: list[Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    return {"input_ids": input_ids, "sampling_params": sampling, **request}
+
+
+def _answer(said: Mapping[str, Any]) -> Answer:
+    cached = said["meta_info"].get("cached_tokens_details") or {}
     return Answer(
-        answer["output_ids"],
+        said["output_ids"],
         cached.get("device", 0),
         cached.get("host", 0),
         cached.get("storage", 0),

@@ -189,16 +189,29 @@ class SGLangServer:
         answer: dict[str, Any] = self.post("/generate", {key: value, "sampling_params": params})
         return answer
 
-    def _ask(
-        self, method: str, path: str, body: object = None, timeout: float = ANSWER_SECONDS
-    ) -> Any:
-        """The answer, parsed where it is JSON; an HTTP error becomes `ServerRefused`."""
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
+        """The answer to a POST as it comes: the payload of each server-sent event, parsed."""
+        request = self._request("POST", path, {**body, "stream": True})
+        with _OPENER.open(request, timeout=ANSWER_SECONDS) as answer:
+            for line in answer:
+                data = line.decode().strip().removeprefix("data: ")
+                if data and data != "[DONE]":
+                    yield json.loads(data)
+
+    def _request(self, method: str, path: str, body: object) -> urllib.request.Request:
         request = urllib.request.Request(self.url + path, method=method)
         if self._api_key is not None:
             request.add_header("Authorization", f"Bearer {self._api_key}")
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
+        return request
+
+    def _ask(
+        self, method: str, path: str, body: object = None, timeout: float = ANSWER_SECONDS
+    ) -> Any:
+        """The answer, parsed where it is JSON; an HTTP error becomes `ServerRefused`."""
+        request = self._request(method, path, body)
         try:
             with _OPENER.open(request, timeout=timeout) as answer:
                 return _parsed(answer.read().decode(), answer.headers.get_content_type())

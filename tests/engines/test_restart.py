@@ -84,8 +84,8 @@ def test_a_prefix_of_one_tenant_or_adapter_is_restored_to_no_other(
     warm: SGLangServer,
     cold: dict[str, Answer],
     name: str,
-    own: dict[str, str],
-    other: dict[str, str],
+    own: dict[str, Any],
+    other: dict[str, Any],
 ) -> None:
     """LoRA itself does not run on CPU (SGLang pins memory for it); its id goes the way of extra_key."""
     assert ask(warm, FIRST, **other).storage == 0
