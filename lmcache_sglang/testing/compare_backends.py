@@ -47,8 +47,11 @@ def main() -> None:
         prog="python -m lmcache_sglang.testing.compare_backends",
         description="what a restarted engine gets back from SGLang's file backend and from lmcache",
     )
-    parser.add_argument("rows", metavar="NUMBER", nargs="*", type=int, choices=range(len(MODES)))
-    chosen = parser.parse_args().rows or range(len(MODES))
+    parser.add_argument("rows", metavar="NUMBER", nargs="*", type=int)
+    every = range(len(MODES))
+    chosen = parser.parse_args().rows or every
+    if not set(chosen) <= set(every):
+        parser.error(f"rows are 0 to {every[-1]}")
     less = []
     print(HEAD)
     with tempfile.TemporaryDirectory(prefix="lmcache-compare-") as scratch:

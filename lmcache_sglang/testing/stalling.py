@@ -5,9 +5,8 @@
         with stall.held():
             ...  # every read, write and flush of a store waits in the kernel, as on a device that hangs
 
-The engine loads the injection as a plug-in of SGLang's (entry-point group ``sglang.srt.plugins``) from a folder on
-its PYTHONPATH. What its threads wait for is a file lock, which the test holds: the kernel wakes them when it
-lets go, or dies.
+The engine loads the injection as a plug-in of SGLang's. What its threads wait for is a file lock, which the
+test holds: the kernel wakes them when it lets go, or dies.
 """
 
 from __future__ import annotations
@@ -20,18 +19,7 @@ from pathlib import Path
 
 from ..storage import _native
 from .injection import DATA_STEPS
-
-_PLUGIN = """
-from pathlib import Path
-
-from lmcache_sglang.testing.stalling import stall_here
-
-
-def activate() -> None:
-    stall_here(Path({lock!r}), {steps!r})
-"""
-_ENTRY_POINT = "[sglang.srt.plugins]\nlmcache_stall = lmcache_stall:activate\n"
-_METADATA = "Metadata-Version: 2.1\nName: lmcache-stall\nVersion: 0\n"
+from .plugin_folder import make_plugin
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +34,6 @@ class Stall:
     folder: Path
     steps: Sequence[str] = DATA_STEPS
 
-    def __post_init__(self) -> None:
-        info = self.folder / "lmcache_stall-0.dist-info"
-        info.mkdir(parents=True, exist_ok=True)
-        (info / "entry_points.txt").write_text(_ENTRY_POINT)
-        (info / "METADATA").write_text(_METADATA)
-        plugin = _PLUGIN.format(lock=str(self._lock), steps=tuple(self.steps))
-        (self.folder / "lmcache_stall.py").write_text(plugin)
-        self._lock.touch()
-
     @property
     def _lock(self) -> Path:
         return self.folder / "lock"
@@ -62,7 +41,14 @@ class Stall:
     @property
     def env(self) -> dict[str, str]:
         """Of the engine."""
-        return {"PYTHONPATH": str(self.folder)}
+        self.folder.mkdir(exist_ok=True)
+        self._lock.touch()
+        code = (
+            "from pathlib import Path\n"
+            "from lmcache_sglang.testing.stalling import stall_here\n"
+            f"stall_here(Path({str(self._lock)!r}), {tuple(self.steps)!r})"
+        )
+        return make_plugin(self.folder, "lmcache_stall", code)
 
     @contextmanager
     def held(self) -> Iterator[None]:
