@@ -174,6 +174,17 @@ def _flushed(server: SGLangServer) -> bool:
     return True
 
 
+def metrics(server: SGLangServer) -> dict[str, float]:
+    """By name, the sum over all labels; of a server with --enable-metrics."""
+    values: dict[str, float] = {}
+    for line in server.get("/metrics").splitlines():
+        if line and not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            name = name.partition("{")[0]
+            values[name] = values.get(name, 0.0) + float(value)
+    return values
+
+
 def prompt(seed: int, tokens: int = 400) -> list[int]:
     """Token ids that no other seed shares a page with."""
     return [3 + (seed * 131 + i * (7 + seed % 5) + i * i) % 500 for i in range(tokens)]

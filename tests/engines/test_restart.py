@@ -15,6 +15,7 @@ from lmcache_sglang.testing.engine import (
     Answer,
     Setup,
     ask,
+    metrics,
     pages_on_disk,
     prompt,
     server,
@@ -118,7 +119,7 @@ def test_flush_cache_leaves_the_store_alone(warm: SGLangServer, setup: Setup) ->
 
 
 def test_the_metrics_know_what_was_restored(warm: SGLangServer) -> None:
-    values = _metrics(warm)
+    values = metrics(warm)
     assert values["sglang:prefetched_tokens_total"] >= whole_pages(FIRST)
     assert values["sglang:backuped_tokens_total"] >= whole_pages(FIRST)
     assert values["sglang:prefetch_bandwidth_count"] >= 1
@@ -135,14 +136,3 @@ def test_clear_forgets_the_store(warm: SGLangServer, setup: Setup) -> None:
     after = ask(warm, FIRST)
     assert after.storage == after.device == after.host == 0
     assert after.tokens == before.tokens
-
-
-def _metrics(engine: SGLangServer) -> dict[str, float]:
-    """Sums over all labels."""
-    values: dict[str, float] = {}
-    for line in engine.get("/metrics").splitlines():
-        if line and not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            name = name.partition("{")[0]
-            values[name] = values.get(name, 0.0) + float(value)
-    return values
