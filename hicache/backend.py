@@ -29,8 +29,8 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransferResult,
 )
 
-from ..storage.base import PAGE_HASH_BYTES
-from . import patience, restorable, weights
+from ..storage.base import PAGE_HASH_BYTES, Stored
+from . import events, patience, restorable, weights
 from .assembly import assemble
 from .form import PageForm
 from .identity import ModelIdentity
@@ -152,6 +152,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             self._model = msgspec.structs.replace(self._model, settings=settings)
             for pool in self._pools.values():
                 pool.belongs_to(self._model)
+        events.of_this_process.cleared()
         for name, pool in self._pools.items():
             logger.info(
                 "lmcache: pool %s: the weights were replaced; namespace %s until they are again, or the "
@@ -192,7 +193,9 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         if self._anchor_is_logical:
             return len(keys)
         ((here, tiers),) = self._here([(PoolName.KV, keys)])
-        return self._worth(tiers[: restorable.all_pages(here).boundary])
+        found = restorable.all_pages(here).boundary
+        events.of_this_process.lost(keys[found:])
+        return self._worth(tiers[:found])
 
     def _worth(self, tiers: Sequence[Tier]) -> int:
         """How many of the first KV pages it pays to restore. Args: tiers: that have them."""
@@ -231,7 +234,9 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         for cover in standing.tiling.covers:
             pieces = [[next(found) for _ in range(pages)] for _ in cover]
             lowest = [self._lowest(parts) for parts in zip(*pieces, strict=True)]
-            holders = [own or there for own, there in zip(holders, lowest, strict=True)]
+            holders = [
+                there if own is None else own for own, there in zip(holders, lowest, strict=True)
+            ]
         here = [holder is not None for holder in holders]
         return here, [holder for holder in holders if holder is not None]
 
@@ -264,6 +269,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         for transfer, (its, _) in zip(transfers, others, strict=True):
             allowed &= self._judge(transfer, its[: usable.boundary], its, hits)
         prefixes = sorted(allowed)
+        events.of_this_process.lost(keys[usable.boundary :])
         boundaries = {name: pages for name, pages in hits.items() if pages}
         return PoolTransferResult(prefixes[-1] if prefixes else 0, boundaries, prefixes)
 
@@ -357,6 +363,9 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
                 self._look_around()  # SGLang does not always ask first whether pages are here
                 held = self._put_together(pool.standing, raw, before, into, held, limits)
             take(held)
+        given_up = limits.cancel is not None and limits.cancel.is_set()
+        if name == PoolName.KV and not all(held) and not given_up:
+            events.of_this_process.lost([page_hashes[i] for i, came in enumerate(held) if not came])
         self._measure(read=True, pages=sum(held), size=pool.page_bytes, started=started)
         return held
 
@@ -400,9 +409,11 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         parent = named + before if before else b""
         with pool.access.reading(host_indices) as pages:
             keys = [named + page_hash for page_hash in _raw(page_hashes)]
-            kept = self._chain.put(keys, pages, parent=parent, position=position)
-        self._measure(read=False, pages=sum(kept), size=pool.page_bytes, started=started)
-        return kept
+            stored = self._chain.store(keys, pages, parent=parent, position=position)
+        self._measure(
+            read=False, pages=stored.count(Stored.STORED), size=pool.page_bytes, started=started
+        )
+        return [page.kept for page in stored]
 
     def _pool_with_room(
         self, name: PoolName, page_hashes: list[str], host_indices: torch.Tensor | None
@@ -432,6 +443,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
                 removed,
                 pool.namespace.hex(),
             )
+        events.of_this_process.cleared()
 
     def get_stats(self) -> StorageMetrics | None:
         """What SGLang's metrics have not seen yet; None when SGLang does not collect any."""
@@ -443,6 +455,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
 
     def close(self) -> None:
         """Write what is still on its way to the disk and let go of the store. Idempotent."""
+        events.of_this_process.cleared()
         self._chain.close()
 
     def get(self, *_: Any, **__: Any) -> NoReturn:
@@ -462,7 +475,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         raise NotImplementedError("lmcache: use batch_set_v1")
 
     def _measure(self, *, read: bool, pages: int, size: int, started: float) -> None:
-        """SGLang's metrics: pages of a batch, and GB/s of it."""
+        """SGLang's metrics: pages of a batch that moved, and GB/s of them."""
         if pages == 0:
             return
         rate = pages * size / 1e9 / max(time.perf_counter() - started, 1e-9)

@@ -19,6 +19,9 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     HybridCacheController._page_transfer_with_…     and so does each call within a read
     PrefetchOperation.mark_terminate                ends the call that a read is in
     SchedulerMetricsReporter.report_prefill_stats   how fast this engine computes
+    HybridCacheController._page_backup              what was stored is told to who listens to KV events,
+    UnifiedRadixCache._handle_prefetch_result       and what was restored,
+    UnifiedRadixCache.take_events                   together with SGLang's own
 
 The name stays `lmcache` everywhere, in SGLang's logs and metrics too. (The other way, rewriting the flag
 to `dynamic`, loses it, and does not reach the admin route that attaches a backend at run time.)
@@ -76,8 +79,13 @@ _OPERATION = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.Prefetch
 _TERMINATE = f"{_OPERATION}.mark_terminate"
 _REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter"
 _PREFILLED = f"{_REPORTER}.SchedulerMetricsReporter.report_prefill_stats"
+_PAGE_BACKUP = f"{_HYBRID}._page_backup"
+_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_PREFETCHED = f"{_TREE}._handle_prefetch_result"
+_TAKE_EVENTS = f"{_TREE}.take_events"
 _PREFIX_KEYS = "hicache_storage_pass_prefix_keys"  # SGLang's own key of the extra config
 _ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
+_EVENTS = ("AllBlocksCleared", "BlockRemoved", "BlockStored", "StorageMedium")
 
 # Everything that must be there for the flag to work: what is hooked, and what the hooks use.
 SEAMS = (
@@ -101,10 +109,14 @@ SEAMS = (
     _TERMINATE,
     f"{_OPERATION}.is_terminated",
     _PREFILLED,
+    _TREE,
+    _PREFETCHED,
     f"{_CONTROLLER}._page_get_zero_copy",
     f"{_CONTROLLER}._page_set_zero_copy",
     "sglang.srt.arg_groups.overrides.declare_resolution",
+    *(f"sglang.srt.disaggregation.kv_events.{name}" for name in _EVENTS),
     "sglang.srt.mem_cache.hicache_storage.HiCacheStorage",
+    "sglang.srt.mem_cache.utils.get_hash_str",
     "sglang.srt.runtime_context.get_model",
     "sglang.srt.runtime_context.process_model_config",
 )
@@ -142,6 +154,9 @@ def activate() -> None:
     HookRegistry.register(_TRANSFER, _read_in_time, HookType.AROUND)
     HookRegistry.register(_TERMINATE, _give_up, HookType.AFTER)
     HookRegistry.register(_PREFILLED, _note_the_speed, HookType.BEFORE)
+    HookRegistry.register(_PAGE_BACKUP, _tell_of_stored, HookType.AFTER)
+    HookRegistry.register(_PREFETCHED, _tell_of_restored, HookType.AROUND)
+    HookRegistry.register(_TAKE_EVENTS, _add_events, HookType.AFTER)
 
 
 def missing_seams() -> list[str]:
@@ -378,6 +393,44 @@ def _note_the_speed(
     from .hicache import recompute
 
     recompute.computed(prefill_stats.log_input_tokens, time.monotonic() - launched)
+
+
+def _tell_of_stored(_: None, controller: Any, operation: Any = None, *__: Any, **___: Any) -> None:
+    """On the backup thread, which has just ended with this operation."""
+    if getattr(controller, "storage_backend_type", None) != NAME or operation is None:
+        return
+    from .hicache import events
+
+    page_size = controller.page_size
+    stored = operation.hash_value[: operation.completed_tokens // page_size]
+    before = operation.prefix_keys or ()
+    events.of_this_process.backed_up(stored, operation.token_ids, page_size, before)
+
+
+def _tell_of_restored(
+    original: Callable[..., Any], cache: Any, operation: Any = None, *rest: Any, **named: Any
+) -> Any:
+    """The key of what was asked for is with the tree until this call, the operation's result after it."""
+    controller = getattr(cache, "cache_controller", None)
+    if getattr(controller, "storage_backend_type", None) != NAME or operation is None:
+        return original(cache, operation, *rest, **named)
+    from .hicache import events
+
+    asked = cache.ongoing_prefetch.get(operation.handle)
+    done = original(cache, operation, *rest, **named)
+    key = None if asked is None else asked.prefetch_key
+    if key is not None and key.extra_key is key.cache_salt is None and not key.is_bigram:
+        pages = operation.hash_value[: operation.completed_tokens // cache.page_size]
+        parent = operation.last_hash
+        events.of_this_process.stored(pages, key.token_ids, cache.page_size, parent)
+    return done
+
+
+def _add_events(taken: list[Any], *_: Any, **__: Any) -> list[Any]:
+    """SGLang asks only where it publishes. Without the flag, or after a detach, little or nothing is added."""
+    from .hicache import events
+
+    return events.of_this_process.take(taken)
 
 
 def _identify_adapter(original: Callable[[str, str], str], lora_name: str, lora_path: str) -> str:

@@ -238,7 +238,20 @@ class Chain:
         position: int = 0,
         limits: Limits = NO_LIMITS,
     ) -> list[bool]:
-        """Keep copies of pages; which of them are here afterwards, in whichever tier.
+        """`store`; which of the pages are here afterwards, in whichever tier."""
+        stored = self.store(keys, pages, parent=parent, position=position, limits=limits)
+        return [each.kept for each in stored]
+
+    def store(
+        self,
+        keys: Sequence[bytes],
+        pages: PageSegments,
+        *,
+        parent: bytes = b"",
+        position: int = 0,
+        limits: Limits = NO_LIMITS,
+    ) -> list[Stored]:
+        """Keep copies of pages; what became of each, in whichever tier.
 
         The caller's memory is free again when this returns.
 
@@ -251,12 +264,12 @@ class Chain:
         if len(keys) != len(pages):
             raise ValueError(f"{len(keys)} keys but {len(pages)} pages")
         below = self._admission.below(position, len(keys))
-        kept: list[bool] = []
+        outcome: list[Stored] = []
         for part in groups(range(len(keys)), pages.page_bytes(), self.tiers[0].capacity // 2):
             chosen = pages if len(part) == len(keys) else pages.select(part)
-            kept += self._put([keys[i] for i in part], chosen, parent, below, limits)
+            outcome += self._put([keys[i] for i in part], chosen, parent, below, limits)
             parent = keys[part[-1]]
-        return kept
+        return outcome
 
     def _put(
         self,
@@ -265,7 +278,7 @@ class Chain:
         parent: bytes,
         below: Below,
         limits: Limits,
-    ) -> list[bool]:
+    ) -> list[Stored]:
         parents = [parent, *keys[:-1]]
         nothing: list[Stored] = []
         if self._upper is None:
@@ -280,7 +293,7 @@ class Chain:
             if below in (Below.NOW, Below.ON_EVICT):
                 outcome = self._put_around(outcome, keys, pages, parents, limits)
             self._count_not_stored([stored for stored in outcome if stored is Stored.REFUSED])
-        return [stored.kept for stored in outcome] or [False] * len(keys)
+        return outcome or [Stored.FAILED] * len(keys)
 
     def _count_not_stored(self, outcome: list[Stored]) -> None:
         for what, (reason, detail) in _NOT_STORED.items():

@@ -274,7 +274,7 @@ def test_what_comes_before_a_batch_reaches_the_store(
     backend = backends.open(make_pool(USUAL))
     hashes = page_hashes(before + 2)
     told: list[tuple[str, object, object]] = []
-    for name in ("put", "get"):
+    for name in ("store", "get"):
         real = getattr(backend._chain, name)
 
         def record(
@@ -290,7 +290,7 @@ def test_what_comes_before_a_batch_reaches_the_store(
     assert backend.batch_get_v1(hashes[before:], place, info) == [True, True]
     named = next(iter(backend.pools.values())).namespace
     parent = page_key(named, bytes.fromhex(hashes[before - 1])) if before else b""
-    assert told == [("put", parent, before), ("get", parent, None)]
+    assert told == [("store", parent, before), ("get", parent, None)]
 
 
 @pytest.mark.parametrize("info", [None, {}, {"prefix_keys": None}])
@@ -539,7 +539,7 @@ def test_statistics_are_what_sglang_has_not_seen(make_pool: MakePool, backends: 
     assert backend.get_stats() == StorageMetrics()
     keys = page_hashes(5)
     backend.batch_set_v1(keys[:3], indices(pool, [0, 1, 2]))
-    backend.batch_set_v1(keys[3:4], indices(pool, [3]))
+    backend.batch_set_v1(keys[2:4], indices(pool, [2, 3]))  # one of them is there already
     backend.batch_get_v1(keys, indices(pool, [0, 1, 2, 3, 4]))
     backend.batch_get_v1(keys[4:], indices(pool, [4]))  # a miss moves nothing
     seen = backend.get_stats()
