@@ -71,6 +71,8 @@ class Lookup(Enum):
     FAILED = "failed"  # here, but the medium did not deliver it
     LATE = "late"  # here, but not read before the deadline
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and one is asked for each page
+
 
 class Stored(Enum):
     """What became of one page of a `put`."""
@@ -81,6 +83,8 @@ class Stored(Enum):
     FAILED = "failed"  # the medium did not take it
     LATE = "late"  # not written before the deadline
     DAMAGED = "damaged"  # its bytes did not match the checksum that came with it
+
+    __hash__ = object.__hash__  # as above
 
     @property
     def kept(self) -> bool:
