@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks import machine, plan, reopen, report, rounds
+from benchmarks import machine, plan, reopen, report, rounds, serving
 from benchmarks.catalog import CACHE, FAMILIES, PEERS, ROOT, SGLANG_VENV, SPECS, Places, Spec
 from benchmarks.crew import CouldNotRun, Crew, Size
 from benchmarks.results import Grown, Results
@@ -38,6 +38,8 @@ examples:
   make bench ARGS="--full --data /nvme/bench"    an hour or so, on another disk
   python -m benchmarks --subjects ours,memcpy --only get,put --out /tmp/bench
                                                  while working on one path
+  make bench ARGS=--serving                      about 8 minutes: what a store costs a real SGLang engine; its
+                                                 tables are added to those that are there
   python -m benchmarks --report                  tables and plot again from results.json
 
 The machine should do nothing else. Rounds are interleaved and ratios are taken within a round, so noise
@@ -57,6 +59,9 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
 
+    if options.serving:
+        _serve(options, chosen.rounds, results_file, say)
+        return 0
     with _places(options.data) as places:
         results = Results(
             machine.describe(places["nvme"]), options.mode, options.rounds or chosen.rounds
@@ -80,6 +85,20 @@ def _places(disk: Path) -> Iterator[Places]:
         tempfile.TemporaryDirectory(prefix="bench-", dir=disk) as nvme,
     ):
         yield {"dram": Path(dram), "nvme": Path(nvme)}
+
+
+def _serve(options: argparse.Namespace, rounds: int, results_file: Path, say: rounds.Say) -> None:
+    """Only this part, beside what an earlier run has left of the others."""
+    with _places(options.data) as places:
+        where = machine.describe(places["nvme"])
+        earlier = results_file.exists()
+        results = Results.load(results_file) if earlier else Results(where, options.mode, rounds)
+        say("a real engine")
+        results.served = serving.measure(options.rounds or rounds, places["nvme"], say)
+    results.served_on = f"{where['date']}, {where['cores']} cores, load {where['load at start']}"
+    results.save(results_file)
+    _write(results, options.out)
+    say(f"done: {options.out / 'README.md'}")
 
 
 def _run(
@@ -230,6 +249,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "benchmarks", help="directory of the results"
+    )
+    parser.add_argument(
+        "--serving",
+        action="store_true",
+        help="measure a real engine with and without a store, only",
     )
     parser.add_argument(
         "--report", action="store_true", help="measure nothing, write tables and plot"

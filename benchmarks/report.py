@@ -21,6 +21,16 @@ PROCESSES = """\
 Pages of 2 MiB; all processes together, each with its own pages. Processes of ours, HiCacheFile, NIXL,
 Mooncake and LMCache's server share one store; those of LMCache in process, memcpy and raw direct I/O have
 one each. exists is the time of one process while the others look up too."""
+SERVING = """\
+Measured {}. A real SGLang server on CPU, a tiny Llama in float32, pages of 256 KiB, one thread that
+computes: the other core is SGLang's other processes', the client's and the store's. `off` is HiCache
+without a storage backend; `null` is SGLang's storage machinery over a backend that moves nothing; `lmcache`
+is memory over disk. All three are alive and one runs at a time, in turned order.
+
+`busy`: the time between two tokens of three streams, while a prompt of 512 tokens comes every 0.3 s, one
+restored from the store and one new and stored, in turn. What a store does not restore is computed, so
+`off` cannot be compared here. `no reuse`: 24 new prompts of 512 tokens and 32 tokens each in answer, four
+at a time. CPU seconds are of all the engine's processes."""
 SMALL_CELL = 4 << 10  # measured for the cost of a call only
 
 
@@ -41,7 +51,7 @@ def markdown(results: Results) -> str:
             if table:
                 parts += [f"## {title}: {measured}", table]
     parts += _processes(results) + _reopened(results) + _growth(results)
-    parts += _method(results)
+    parts += _served(results) + _method(results)
     return "\n\n".join(parts) + "\n"
 
 
@@ -186,6 +196,31 @@ def _growth(results: Results) -> list[str]:
         "more than this machine's disk has. Index bytes, a page: what the index uses. All bytes, a page: what is allocated for all files but the pages' own."
     )
     return ["## The index as it grows", text, _rows(head, rows)]
+
+
+def _served(results: Results) -> list[str]:
+    if not results.served:
+        return []
+    rows = []
+    for workload, metric in dict.fromkeys((s.workload, s.metric) for s in results.served):
+        cells = []
+        for subject in ("off", "null", "lmcache"):
+            values = results.find_served(workload, subject, metric)
+            cells.append("" if values is None else _spread(Spread.of(values)))
+        rows.append([workload, metric, *cells, *_of_lmcache(results, workload, metric)])
+    head = ["workload", "metric", "off", "null", "lmcache", "lmcache / null", "lmcache / off"]
+    return ["## Serving", SERVING.format(results.served_on), _rows(head, rows)]
+
+
+def _of_lmcache(results: Results, workload: str, metric: str) -> list[str]:
+    """What lmcache is of the others, in the same round."""
+    ours = results.find_served(workload, "lmcache", metric)
+    found = []
+    for other in ("null", "off"):
+        theirs = results.find_served(workload, other, metric)
+        told = _spread(ratio(ours, theirs)) if ours and theirs and all(theirs) else ""
+        found.append(told)
+    return found
 
 
 def _failures(results: Results) -> list[str]:

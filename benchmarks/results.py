@@ -10,6 +10,8 @@ from pathlib import Path
 
 from benchmarks.catalog import ROOT
 
+BUSY, NO_REUSE = "busy", "no reuse"  # workloads of a real engine
+
 
 @dataclass(frozen=True)
 class Series:
@@ -63,6 +65,16 @@ class Grown:
 
 
 @dataclass(frozen=True)
+class Served:
+    """One figure of a workload on a real engine, a value a round."""
+
+    workload: str
+    subject: str
+    metric: str
+    values: list[float]
+
+
+@dataclass(frozen=True)
 class About:
     """What the report says of a subject."""
 
@@ -84,6 +96,8 @@ class Results:
     reopened: list[Reopened] = field(default_factory=list)
     grown: list[Grown] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    served: list[Served] = field(default_factory=list)
+    served_on: str = ""  # when, and with how much else going on
     not_cold: dict[str, float] = field(
         default_factory=dict
     )  # part of the files still in the page cache
@@ -95,6 +109,14 @@ class Results:
         wanted = (operation, medium, page_bytes, processes, subject)
         for one in self.series:
             if (one.operation, one.medium, one.page_bytes, one.processes, one.subject) == wanted:
+                return one.values
+        return None
+
+    def find_served(self, workload: str, subject: str, metric: str) -> list[float] | None:
+        """A value a round, or None if it was not measured."""
+        wanted = (workload, subject, metric)
+        for one in self.served:
+            if (one.workload, one.subject, one.metric) == wanted:
                 return one.values
         return None
 
@@ -119,9 +141,10 @@ class Results:
             ("reopened", Reopened),
             ("grown", Grown),
             ("failures", Failure),
+            ("served", Served),
         )
         for name, kind in kinds:
-            raw[name] = [kind(**each) for each in raw[name]]
+            raw[name] = [kind(**each) for each in raw.get(name, [])]
         return cls(**raw)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.plan import BATCH, KIB, MIB
-from benchmarks.results import Results, Spread, ratio
+from benchmarks.results import BUSY, NO_REUSE, Results, Spread, ratio
 
 PAGE = 2 * MIB
 OVERHEAD_PAGE = 4 * KIB
@@ -34,7 +34,8 @@ class Target:
 
 def evaluate(results: Results) -> list[Target]:
     """Every target, measured or not."""
-    return [*_lookups(results), *_memory(results), *_disk(results), *_index(results)]
+    parts = (_lookups, _memory, _disk, _index, _serving)
+    return [target for part in parts for target in part(results)]
 
 
 def _lookups(results: Results) -> list[Target]:
@@ -114,6 +115,22 @@ def _index(results: Results) -> list[Target]:
             "reopen 100,000 pages to the first true exists, nvme", 1.0, True, " s", _spread(opened)
         ),
         Target("index bytes a page, at any count", 256.0, True, " bytes", _spread(per_page)),
+    ]
+
+
+def _serving(results: Results) -> list[Target]:
+    """Of a real engine: on a GPU the part of it that computes is elsewhere; here it shares the cores."""
+
+    def compare(workload: str, metric: str, other: str, limit: float) -> Target:
+        ours = results.find_served(workload, "lmcache", metric)
+        theirs = results.find_served(workload, other, metric)
+        text = f"SGLang, {workload}: lmcache / {other}, {metric.partition(',')[0]}"
+        return Target(text, limit, True, "x", ratio(ours, theirs) if ours and theirs else None)
+
+    return [
+        compare(BUSY, "mean, ms", "null", 1.02),
+        compare(BUSY, "median, ms", "null", 1.02),
+        compare(NO_REUSE, "seconds", "off", 1.01),
     ]
 
 

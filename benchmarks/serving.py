@@ -1,0 +1,135 @@
+"""What a store costs the requests that do not need it: a real SGLang on CPU, with and without ours.
+
+Three engines of one model are alive at once and one of them runs; the others are stopped by a signal, so
+that they take no time and a round of each follows the other within seconds.
+
+    off      HiCache without a storage backend
+    null     HiCache with a backend that moves nothing (null_storage.py)
+    lmcache  ours, memory over disk
+
+`busy` is a mix of decoding streams and prompts, half of them stored before and half new: every one of them
+makes the store read or write. Without a store those prompts would be computed, another mix; so it is
+compared with null, where SGLang does all that it does for a store. `no reuse` is prompts that nothing has
+seen, which lmcache stores and off does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import null_storage, requests
+from benchmarks.catalog import ROOT
+from benchmarks.requests import Mix
+from benchmarks.results import BUSY, NO_REUSE, Served
+from lmcache_sglang.testing.engine import Setup, server
+from lmcache_sglang.testing.server import SGLangServer
+from lmcache_sglang.testing.tiny_model import make_tiny_llama
+
+Say = Callable[[str], None]
+
+MIX = Mix(stream_tokens=800, prompt_tokens=512, documents=24, period=0.3)
+NEW = (24, 512, 32)  # prompts of a round without reuse, their tokens, and new tokens of each
+PAGE_SIZE = 16  # tokens; 256 KiB
+DEVICE_TOKENS = 4096  # and twice as many on the host: a third of the documents is in neither
+# One thread computes; the other core is left to SGLang's other processes, the store and the client.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ARGS = (
+    *("--max-total-tokens", str(DEVICE_TOKENS), "--hicache-ratio", "2"),
+    *("--enable-hierarchical-cache", "--hicache-mem-layout", "page_first"),
+    *("--hicache-storage-prefetch-policy", "wait_complete", "--skip-server-warmup"),
+)
+STORAGE = ("--hicache-storage-backend", "dynamic", "--hicache-storage-backend-extra-config")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A server that runs only while it is measured."""
+
+    name: str
+    server: SGLangServer
+
+    def pause(self) -> None:
+        os.killpg(self.server.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.killpg(self.server.pid, signal.SIGCONT)
+
+    def cpu_seconds(self) -> float:
+        """Of all its processes so far."""
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(") ")[2].split()
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
+                continue
+            if int(fields[2]) == self.server.pid:
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(rounds: int, disk: Path, say: Say) -> list[Served]:
+    """Start the engines, warm them up, and measure in turned order. Args: disk: for the store."""
+    table: dict[tuple[str, str, str], list[float]] = {}
+    with ExitStack() as stack:
+        engines = _start(stack, disk, say)
+        for number in range(-1, rounds):
+            for engine in engines if number % 2 else reversed(engines):
+                engine.resume()
+                found = _round(engine, number)
+                engine.pause()
+                for (workload, metric), value in found.items() if number >= 0 else ():
+                    table.setdefault((workload, engine.name, metric), []).append(value)
+            say("  warmed up" if number < 0 else f"  round {number + 1} of {rounds}")
+    return [Served(*names, values) for names, values in table.items()]
+
+
+def _start(stack: ExitStack, disk: Path, say: Say) -> list[Engine]:
+    """One after the other, each with the documents stored."""
+    model = make_tiny_llama(
+        disk / "model", dtype="float32", num_layers=8, num_kv_heads=4, head_dim=64
+    )
+    null = (*ARGS, *STORAGE, json.dumps(null_storage.CONFIG))
+    ours = Setup(disk / "store", "1GiB", "4GiB", args=ARGS, env=ENVIRONMENT, page_size=PAGE_SIZE)
+    stack.callback(ours.forget_memory)
+    engines = []
+    for name, setup in (
+        ("off", Setup(disk, flag=False, args=ARGS, env=ENVIRONMENT, page_size=PAGE_SIZE)),
+        ("null", Setup(disk, flag=False, args=null, env=ENVIRONMENT, page_size=PAGE_SIZE)),
+        ("lmcache", ours),
+    ):
+        engine = Engine(name, stack.enter_context(server(model, setup, disk / f"{name}.log")))
+        stack.callback(engine.resume)  # a stopped process does not hear that it is to end
+        for number in range(MIX.documents):
+            prompt = requests.tokens(requests.document(MIX, number), MIX.prompt_tokens)
+            requests.ask(engine.server.url, prompt, 1)
+        engine.pause()
+        engines.append(engine)
+        say(f"  {name} is up")
+    return engines
+
+
+def _round(engine: Engine, number: int) -> dict[tuple[str, str], float]:
+    """By workload and metric."""
+    url, found = engine.server.url, dict[tuple[str, str], float]()
+    before = engine.cpu_seconds()
+    found[NO_REUSE, "seconds"] = requests.all_new(url, f"new {number}", *NEW)
+    between = engine.cpu_seconds()
+    found[NO_REUSE, "CPU seconds"] = between - before
+    if engine.name == "off":
+        return found
+    heard = requests.busy(url, MIX, f"busy {number}", first=number * MIX.documents // 2)
+    ordered = sorted(heard.gaps)
+    found[BUSY, "CPU seconds"] = engine.cpu_seconds() - between
+    found[BUSY, "median, ms"] = statistics.median(ordered) * 1e3
+    found[BUSY, "mean, ms"] = statistics.fmean(ordered) * 1e3
+    found[BUSY, "99th percentile, ms"] = ordered[int(len(ordered) * 0.99)] * 1e3
+    found[BUSY, "prompts"] = heard.prompts
+    found[BUSY, "restored tokens"] = heard.restored
+    return found
