@@ -38,7 +38,7 @@ examples:
   make bench ARGS="--full --data /nvme/bench"    an hour or so, on another disk
   python -m benchmarks --subjects ours,memcpy --only get,put --out /tmp/bench
                                                  while working on one path
-  make bench ARGS=--serving                      about 8 minutes: what a store costs a real SGLang engine; its
+  make bench ARGS=--serving                      about 6 minutes: what a store costs a real SGLang engine; its
                                                  tables are added to those that are there
   python -m benchmarks --report                  tables and plot again from results.json
 
