@@ -272,6 +272,7 @@ def create_backend(storage_config: Any) -> Any:
     from .store import open_chain, require_room
 
     config = Config.load(storage_config.extra_config)
+    _load_page_hash()
     model = model_identity(storage_config.model_name)
     chain = open_chain(config)  # last: nobody would close it
     _BACKEND_MADE.set()
@@ -284,6 +285,16 @@ def create_backend(storage_config: Any) -> Any:
         kv_heads=kv_heads(),
         recompute=Recompute() if config.restore == "when-faster" else None,
     )
+
+
+def _load_page_hash() -> None:
+    """SGLang would load or compile it in the first prefetch, which on a busy machine is late then."""
+    from sglang.srt.mem_cache.utils import get_hash_str
+
+    try:
+        get_hash_str([0], None, 1)
+    except RuntimeError:
+        logger.warning("SGLang could not load its hash of pages", exc_info=True)
 
 
 def _select_zero_copy(_: None, controller: Any, *__: Any, **___: Any) -> None:
