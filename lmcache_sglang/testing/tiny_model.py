@@ -9,8 +9,9 @@ that two checkpoints can share a path and a shape and still answer differently.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,6 +28,14 @@ CHAT_TEMPLATE = (
 # Wide enough for the logits to depend on every cached token: with the default 0.02 an empty cache
 # and a restored one pick the same next token, and a test of equality proves nothing.
 INITIALIZER_RANGE = 0.2
+# What the configurations of all tiny models say.
+COMMON: Mapping[str, Any] = {
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "tie_word_embeddings": False,
+    "initializer_range": INITIALIZER_RANGE,
+}
 
 
 def make_tiny_llama(
@@ -41,17 +50,9 @@ def make_tiny_llama(
     vocab_size: int = 512,
     max_tokens: int = 8192,
 ) -> Path:
-    """Write a checkpoint into `path`, made if missing, and return it; older files are replaced.
+    """Write a checkpoint into `path`, made if missing, and return it; older files are replaced."""
+    from transformers import LlamaConfig
 
-    The weights are drawn in float32 and then rounded, so one seed gives one model in each dtype.
-    The caller's random state is left as it was.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    _save_tokenizer(folder, vocab_size)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=num_heads * head_dim,
@@ -61,15 +62,26 @@ def make_tiny_llama(
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_tokens,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        tie_word_embeddings=False,
-        initializer_range=INITIALIZER_RANGE,
+        **COMMON,
     )
+    return save_random_model(path, config, seed=seed, dtype=dtype)
+
+
+def save_random_model(path: str | Path, config: Any, *, seed: int, dtype: Dtype) -> Path:
+    """Write a model of this transformers configuration, with a tokenizer, into `path`.
+
+    The weights are drawn in float32 and then rounded, so one seed gives one model in each dtype.
+    The caller's random state is left as it was.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_tokenizer(folder, config.vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 

@@ -167,3 +167,38 @@ def _copy_layer_from_host(
             )
         case _:
             raise AssertionError(layout, io)
+
+
+@pytest.mark.parametrize("layout", ["layer_first", "page_first"])
+def test_rows_of_one_pool_go_to_the_host_and_back(layout: str) -> None:
+    """As MLATokenToKVPoolHost and MambaPoolHost call it: one row a token or slot, not K and V."""
+    device, host = _random()(), _zeros(layout)()
+    back = _zeros("layer_first")()
+    here, there = _tokens_of(2, 0), _tokens_of(1, 3)
+    where: dict[str, Any] = {"src_indices": here, "dst_indices": there, "item_size": ITEM}
+    table = _addresses(device)
+    size: dict[str, Any] = {"num_layers": LAYERS, "dst_layout_dim": LAYOUT_DIM}
+    if layout == "layer_first":
+        transfer.transfer_kv_all_layer_mla(
+            src_layers=table, dst_layers=_addresses(host), num_layers=LAYERS, **where
+        )
+    else:
+        transfer.transfer_kv_mamba_lf_pf(src_ptrs=table, dst=host, **size, **where)
+        other = _zeros(layout)()
+        transfer.transfer_kv_all_layer_mla_lf_pf(src_layers=table, dst=other, **size, **where)
+        assert torch.equal(host, other)
+    for token, slot in zip(here.tolist(), there.tolist(), strict=True):
+        for layer in range(LAYERS):
+            assert torch.equal(_at(layout, host, layer, slot), device[layer, token])
+
+    where |= {"src_indices": there, "dst_indices": here}
+    for layer in range(LAYERS):
+        if layout == "layer_first":
+            transfer.transfer_kv_per_layer_mla(src=host[layer], dst=back[layer], **where)
+        else:
+            transfer.transfer_kv_per_layer_mla_pf_lf(
+                src=host, dst=back[layer], layer_id=layer, src_layout_dim=LAYOUT_DIM, **where
+            )
+    assert torch.equal(back[:, here], device[:, here])
+    untouched = sorted(set(range(TOKENS)) - set(here.tolist()))
+    assert not back[:, untouched].any()

@@ -10,7 +10,11 @@ SGLang's own variable; where it is not 1, nothing here is imported and nothing i
     torchvision, sgl_kernel             `finder`: importable, not callable; for every process of the
                                         environment, through one .pth line written by `install`
     the copies of sgl_kernel.kvcacheio  `transfer`: the same in torch
-    attention of new tokens only        `attention`: stock computes the cached ones again
+    attention of new tokens only        `attention`: stock computes the cached ones again, and reads
+                                        layers with a sliding window from other layers' slots
+    latent attention (MLA)              `latent_attention`: stock fails on its head sizes
+    kernels of recurrent layers         `convolution`, `state_space`: the same in torch, put in their
+                                        places by `recurrence`
     pinned host memory                  `plugin`: plain memory
     memory for two pools in one machine `plugin`: a small device pool unless a size is given, and a
                                         reserve of one gigabyte instead of ten
@@ -19,6 +23,7 @@ SGLang's own variable; where it is not 1, nothing here is imported and nothing i
 The scheduler, the radix tree, HiCache with its threads and storage backends, the model's forward
 pass and the HTTP server are SGLang's. What runs here therefore says nothing of pinned memory, of
 CUDA streams (every copy is finished when its call returns, so no race between streams can show) or
-of GPU kernels. MLA models do not run (SGLang's attention on CPU fails on them), nor does anything on
-ARM (distributed/bootstrap.py:285 calls sgl_kernel there).
+of GPU kernels. Recurrent models (Mamba) run with `--mamba-radix-cache-strategy no_buffer` only, which is
+what SGLang itself chooses on CPU: pages of one token, no overlap. Nothing runs on ARM
+(distributed/bootstrap.py:285 calls sgl_kernel there).
 """

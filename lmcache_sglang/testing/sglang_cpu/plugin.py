@@ -28,17 +28,19 @@ def activate() -> None:
 
 
 def _offer_transfers() -> None:
-    """Without them the first copy of a page fails in pool_host/mha.py:647 with a NameError.
+    """Without them the first copy of a page fails with a NameError (in pool_host/mha.py:647, say).
 
-    That module takes them from sgl_kernel on CUDA, HIP and XPU only (lines 60-90).
+    The modules of the host pools take them from sgl_kernel on CUDA, HIP and XPU only.
     """
-    from sglang.srt.mem_cache.pool_host import mha
+    from sglang.srt.mem_cache.pool_host import dsa, mamba, mha, mla
 
     from lmcache_sglang.testing.sglang_cpu import transfer
 
-    for name, operation in vars(transfer).items():
-        if name.startswith("transfer_kv_") and not hasattr(mha, name):
-            setattr(mha, name, operation)
+    operations = {name: op for name, op in vars(transfer).items() if name.startswith("transfer_")}
+    for module in (mha, mla, mamba, dsa):
+        for name, operation in operations.items():
+            if not hasattr(module, name):
+                setattr(module, name, operation)
 
 
 def _lower_the_reserve() -> None:
@@ -68,9 +70,21 @@ def _register_hooks() -> None:
 
     # Without it torch_native_backend.py computes the attention of cached tokens again: a hit on 4,300
     # tokens costs 6.3 s instead of 0.4, and no time measured on CPU says anything about the cache.
+    # And it reads layers with a sliding window from the slots of the other layers' pool.
     from lmcache_sglang.testing.sglang_cpu import attention
 
     HookRegistry.register(attention.EXTEND, attention.extend, HookType.AROUND)
+    HookRegistry.register(attention.DECODE, attention.decode, HookType.AROUND)
+
+    # Only where a model is about to run: importing what these change takes seconds.
+    HookRegistry.register(attention.MADE, _offer_kernels, HookType.BEFORE)
+
+
+def _offer_kernels(*_: Any, **__: Any) -> None:
+    from lmcache_sglang.testing.sglang_cpu import latent_attention, recurrence
+
+    latent_attention.absorb_always()
+    recurrence.offer()
 
 
 def _without_pinning(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

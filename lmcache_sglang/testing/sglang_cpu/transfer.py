@@ -1,16 +1,18 @@
 """SGLang's copies between the device pool and the host pool, in torch.
 
-Same names, keyword arguments and effect as the operations of `sgl_kernel.kvcacheio` that
-`sglang.srt.mem_cache.pool_host.mha` calls; all of them return when the copy is done. The device
-pool is one tensor [token, head, dim] a layer; "lf" is a host pool of the same kind. The other
-layouts of the host pool are all seen here as [page, slot, layer, ...], K and V each for itself:
+Same names, keyword arguments and effect as the operations of `sgl_kernel.kvcacheio` (those of
+recurrent state: `sglang.kernels.ops.mamba.transfer_mamba`) that the modules of
+`sglang.srt.mem_cache.pool_host` call; all of them return when the copy is done. The device pool is
+one tensor [token, head, dim] a layer; "lf" is a host pool of the same kind. The other layouts of the
+host pool are all seen here as [page, slot, layer, ...], K and V each for itself:
 
     pf  page_first          [token, layer, head, dim]
     ph  page_head           [page, head, slot, layer, dim]
         page_first_direct   [page, layer, slot, head, dim]
 
 `*_layers` in an all-layer operation is a table of addresses, one a layer, as the GPU kernels take
-it. MLA's operations are left out: SGLang's attention on CPU fails on MLA before it gets here.
+it. "mla" are the operations on a pool of one row a token, not of K and V; "mamba" those on one of a
+state a slot, which is such a row.
 """
 
 from __future__ import annotations
@@ -33,7 +35,19 @@ def transfer_kv_per_layer(
     item_size: int,
 ) -> None:
     for src, dst in ((src_k, dst_k), (src_v, dst_v)):
-        _rows(dst, item_size)[dst_indices] = _rows(src, item_size)[src_indices]
+        transfer_kv_per_layer_mla(
+            src=src,
+            dst=dst,
+            src_indices=src_indices,
+            dst_indices=dst_indices,
+            item_size=item_size,
+        )
+
+
+def transfer_kv_per_layer_mla(
+    *, src: Tensor, dst: Tensor, src_indices: Tensor, dst_indices: Tensor, item_size: int
+) -> None:
+    _rows(dst, item_size)[dst_indices] = _rows(src, item_size)[src_indices]
 
 
 def transfer_kv_all_layer(
@@ -48,10 +62,29 @@ def transfer_kv_all_layer(
     num_layers: int,
 ) -> None:
     for src, dst in ((src_k_layers, dst_k_layers), (src_v_layers, dst_v_layers)):
-        sources = _rows_at(src[:num_layers], src_indices, item_size)
-        targets = _rows_at(dst[:num_layers], dst_indices, item_size)
-        for source, target in zip(sources, targets, strict=True):
-            target[dst_indices] = source[src_indices]
+        transfer_kv_all_layer_mla(
+            src_layers=src,
+            dst_layers=dst,
+            src_indices=src_indices,
+            dst_indices=dst_indices,
+            item_size=item_size,
+            num_layers=num_layers,
+        )
+
+
+def transfer_kv_all_layer_mla(
+    *,
+    src_layers: Tensor,
+    dst_layers: Tensor,
+    src_indices: Tensor,
+    dst_indices: Tensor,
+    item_size: int,
+    num_layers: int,
+) -> None:
+    sources = _rows_at(src_layers[:num_layers], src_indices, item_size)
+    targets = _rows_at(dst_layers[:num_layers], dst_indices, item_size)
+    for source, target in zip(sources, targets, strict=True):
+        target[dst_indices] = source[src_indices]
 
 
 def transfer_kv_per_layer_pf_lf(
@@ -67,8 +100,32 @@ def transfer_kv_per_layer_pf_lf(
     src_layout_dim: int,
 ) -> None:
     for src, dst in ((src_k, dst_k), (src_v, dst_v)):
-        pages = _page_first(src, item_size, src_layout_dim)
-        _load_layer(pages, _rows(dst, item_size), src_indices, dst_indices, layer_id)
+        transfer_kv_per_layer_mla_pf_lf(
+            src=src,
+            dst=dst,
+            src_indices=src_indices,
+            dst_indices=dst_indices,
+            layer_id=layer_id,
+            item_size=item_size,
+            src_layout_dim=src_layout_dim,
+        )
+
+
+def transfer_kv_per_layer_mla_pf_lf(
+    *,
+    src: Tensor,
+    dst: Tensor,
+    src_indices: Tensor,
+    dst_indices: Tensor,
+    layer_id: int,
+    item_size: int,
+    src_layout_dim: int,
+) -> None:
+    pages = _page_first(src, item_size, src_layout_dim)
+    _load_layer(pages, _rows(dst, item_size), src_indices, dst_indices, layer_id)
+
+
+transfer_kv_mamba_pf_lf = transfer_kv_per_layer_mla_pf_lf
 
 
 def transfer_kv_all_layer_lf_pf(
@@ -84,9 +141,51 @@ def transfer_kv_all_layer_lf_pf(
     num_layers: int,
 ) -> None:
     for layers, dst in ((src_k_layers, dst_k), (src_v_layers, dst_v)):
-        pages = _page_first(dst, item_size, dst_layout_dim)
-        sources = _rows_at(layers[:num_layers], src_indices, item_size)
-        _store_layers(sources, pages, src_indices, dst_indices)
+        transfer_kv_all_layer_mla_lf_pf(
+            src_layers=layers,
+            dst=dst,
+            src_indices=src_indices,
+            dst_indices=dst_indices,
+            item_size=item_size,
+            dst_layout_dim=dst_layout_dim,
+            num_layers=num_layers,
+        )
+
+
+def transfer_kv_all_layer_mla_lf_pf(
+    *,
+    src_layers: Tensor,
+    dst: Tensor,
+    src_indices: Tensor,
+    dst_indices: Tensor,
+    item_size: int,
+    dst_layout_dim: int,
+    num_layers: int,
+) -> None:
+    pages = _page_first(dst, item_size, dst_layout_dim)
+    sources = _rows_at(src_layers[:num_layers], src_indices, item_size)
+    _store_layers(sources, pages, src_indices, dst_indices)
+
+
+def transfer_kv_mamba_lf_pf(
+    *,
+    src_ptrs: Tensor,
+    dst: Tensor,
+    src_indices: Tensor,
+    dst_indices: Tensor,
+    item_size: int,
+    dst_layout_dim: int,
+    num_layers: int,
+) -> None:
+    transfer_kv_all_layer_mla_lf_pf(
+        src_layers=src_ptrs,
+        dst=dst,
+        src_indices=src_indices,
+        dst_indices=dst_indices,
+        item_size=item_size,
+        dst_layout_dim=dst_layout_dim,
+        num_layers=num_layers,
+    )
 
 
 def transfer_kv_per_layer_ph_lf(
