@@ -23,7 +23,8 @@ SGLang's own variable; where it is not 1, nothing here is imported and nothing i
 The scheduler, the radix tree, HiCache with its threads and storage backends, the model's forward
 pass and the HTTP server are SGLang's. What runs here therefore says nothing of pinned memory, of
 CUDA streams (every copy is finished when its call returns, so no race between streams can show) or
-of GPU kernels. Recurrent models (Mamba) run with `--mamba-radix-cache-strategy no_buffer` only, which is
-what SGLang itself chooses on CPU: pages of one token, no overlap. Nothing runs on ARM
+of GPU kernels. Models with Mamba-2 layers want `--mamba-radix-cache-strategy no_buffer
+--disable-overlap-schedule --page-size 1`: SGLang takes no snapshots inside a prompt on CPU. Those with a
+gated delta rule (Qwen3-Next, Kimi Linear) do not run, nor does anything on ARM
 (distributed/bootstrap.py:285 calls sgl_kernel there).
 """

@@ -25,7 +25,7 @@ class Absent(type):
     def __getattr__(cls, name: str) -> Absent:
         if _is_dunder(name):
             raise AttributeError(name)
-        return _absent(cls.__module__, f"{cls.__qualname__}.{name}")
+        return absent(cls.__module__, f"{cls.__qualname__}.{name}")
 
     def __call__(cls, *args: object, **kwargs: object) -> object:
         name = f"{cls.__module__}.{cls.__qualname__}"
@@ -41,7 +41,7 @@ class StandIn(ModuleType):
     def __getattr__(self, name: str) -> Absent:
         if _is_dunder(name) or not name.endswith(self.suffix):
             raise AttributeError(f"the stand-in for {self.__name__} has no {name}")
-        return _absent(self.__name__, name)
+        return absent(self.__name__, name)
 
 
 class StandInFinder(MetaPathFinder, Loader):
@@ -79,7 +79,8 @@ def install() -> None:
     if installed():
         return
     sys.meta_path.insert(0, StandInFinder("torchvision"))
-    sys.meta_path.append(StandInFinder("sgl_kernel", suffix="_cpu"))
+    for package in ("sgl_kernel", "sgl_kernel.mamba"):
+        sys.meta_path.append(StandInFinder(package, suffix="_cpu"))
 
 
 def installed() -> bool:
@@ -87,7 +88,8 @@ def installed() -> bool:
     return any(isinstance(finder, StandInFinder) for finder in sys.meta_path)
 
 
-def _absent(module: str, qualname: str) -> Absent:
+def absent(module: str, qualname: str) -> Absent:
+    """A stand-in of this name."""
     return Absent(qualname, (), {"__module__": module, "__qualname__": qualname})
 
 

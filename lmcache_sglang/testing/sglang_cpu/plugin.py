@@ -11,6 +11,7 @@ from lmcache_sglang.testing.sglang_cpu.finder import installed
 # Two full contexts of the tiny model in 32 MiB; 288 MiB for one with 18 KiB a token. HiCache's host
 # pool is twice as large.
 DEFAULT_POOL_TOKENS = 16384
+DEFAULT_POOL_STATES = 64  # of recurrent layers, on the device
 HOST_RESERVE_BYTES = 1 << 30
 
 
@@ -54,9 +55,11 @@ def _register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     # Without it pool_host/common.py:147 asks CUDA to pin the host pool: "Torch not compiled with
-    # CUDA enabled". Every concrete pool passes pin_memory, True unless told otherwise, by keyword.
-    pool = "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__"
-    HookRegistry.register(pool, _without_pinning, HookType.BEFORE)
+    # CUDA enabled". Every concrete pool passes pin_memory, True unless told otherwise, by keyword; the
+    # one of recurrent states does not pass it on, and makes itself.
+    for pool in ("base.HostKVCache", "mamba.MambaPoolHost"):
+        where = f"sglang.srt.mem_cache.pool_host.{pool}.__init__"
+        HookRegistry.register(where, _without_pinning, HookType.BEFORE)
 
     # Without it the device pool takes seven tenths of the machine's memory and leaves none for
     # HiCache's host pool: hicache_auto_size.py:109, "No host memory is left for HiCache".
@@ -92,9 +95,11 @@ def _without_pinning(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[s
 
 
 def _with_a_small_pool(server_args: Any) -> None:
-    """Size the device pool where nobody did; a record that was resolved before is left alone."""
+    """Size the device pools where nobody did; a record that was resolved before is left alone."""
     if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
         server_args.max_total_tokens = DEFAULT_POOL_TOKENS
+    if server_args.max_mamba_cache_size is None and server_args.mem_fraction_static is None:
+        server_args.max_mamba_cache_size = DEFAULT_POOL_STATES
 
 
 def _bind_where_it_counts(original: Callable[..., Any], **kwargs: Any) -> Any:
