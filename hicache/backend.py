@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 # Seen to come back on a real engine with the same tokens. The others are tested against SGLang's own pools
 # in this process, and against its file backend's answers, which is not enough to risk a wrong token on.
-PROVEN = frozenset({PoolName.KV})
+PROVEN = frozenset({PoolName.KV, PoolName.SWA, PoolName.MAMBA})
 
 
 class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typed

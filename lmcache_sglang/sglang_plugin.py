@@ -9,7 +9,7 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     hicache_hook.resolve_storage_layout_…           layer_first becomes page_first, as for Mooncake
     StorageBackendFactory._create_builtin_backend   makes the backend, under its own name
     HiCacheController.attach_storage_backend        selects the zero-copy calls
-    HybridCacheController.attach_storage_backend    refuses models with more than a KV pool
+    HybridCacheController.attach_storage_backend    refuses models with a pool that was not seen to come back
     LoRARef.deterministic_id                        adapters are told apart by their weights too
     SchedulerWeightUpdaterManager.update_weights_…  new weights find none of the old ones' pages
     HiCacheController.reset                         nor those that were still being stored
@@ -143,7 +143,7 @@ def activate() -> None:
     HookRegistry.register(_LAYOUT, _prefer_page_first, HookType.AFTER)
     HookRegistry.register(_CREATE, _create, HookType.AROUND)
     HookRegistry.register(_ATTACH, _select_zero_copy, HookType.AFTER)
-    HookRegistry.register(_ATTACH_POOLS, _require_one_pool, HookType.BEFORE)
+    HookRegistry.register(_ATTACH_POOLS, _require_proven_pools, HookType.BEFORE)
     HookRegistry.register(_ADAPTER_ID, _identify_adapter, HookType.AROUND)
     for update in _UPDATES:
         HookRegistry.register(update, _replace_weights, HookType.AROUND)
@@ -307,17 +307,19 @@ def _select_zero_copy(_: None, controller: Any, *__: Any, **___: Any) -> None:
         controller.page_set_func = controller._page_set_zero_copy
 
 
-def _require_one_pool(
+def _require_proven_pools(
     controller: Any, storage_backend: Any = None, *_: Any, host_pools: Any = None, **__: Any
 ) -> None:
     """Refuse before SGLang starts its storage threads: it does not stop them when a pool is refused."""
     if storage_backend != NAME:
         return
-    others = [str(entry.name) for entry in host_pools or () if str(entry.name) != "kv"]
+    from .hicache.backend import PROVEN
+
+    others = [str(entry.name) for entry in host_pools or () if entry.name not in PROVEN]
     if others:
         raise UnsupportedEngineError(
             f"{FLAG} {NAME}: this model also keeps state in {', '.join(others)}, and this version stores "
-            "plain KV pools only. Serve it without the flag"
+            f"{', '.join(sorted(PROVEN))} only. Serve it without the flag"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from lmcache_sglang.errors import UnsupportedEngineError
 from lmcache_sglang.hicache import weights
-from lmcache_sglang.sglang_plugin import NAME, _forget_replaced_weights, _require_one_pool
+from lmcache_sglang.sglang_plugin import NAME, _forget_replaced_weights, _require_proven_pools
 
 
 @pytest.fixture(autouse=True)
@@ -50,16 +50,23 @@ class Entry:
         self.name = name
 
 
-def test_a_model_with_more_pools_is_refused_before_anything_is_attached() -> None:
-    with pytest.raises(UnsupportedEngineError, match="mamba, draft"):
-        _require_one_pool(None, NAME, host_pools=[Entry("kv"), Entry("mamba"), Entry("draft")])
+def test_a_model_with_a_pool_nobody_saw_come_back_is_refused_before_anything_is_attached() -> None:
+    pools = [Entry(name) for name in ("kv", "mamba", "draft", "indexer")]
+    with pytest.raises(UnsupportedEngineError, match="state in draft, indexer, and"):
+        _require_proven_pools(None, NAME, host_pools=pools)
 
 
 @pytest.mark.parametrize(
-    ("backend", "pools"), [(NAME, [Entry("kv")]), (NAME, None), ("file", [Entry("mamba")])]
+    ("backend", "pools"),
+    [
+        (NAME, [Entry("kv")]),
+        (NAME, [Entry("kv"), Entry("swa"), Entry("mamba")]),
+        (NAME, None),
+        ("file", [Entry("draft")]),
+    ],
 )
 def test_other_models_and_other_backends_are_not_refused(backend: str, pools: Any) -> None:
-    _require_one_pool(None, backend, host_pools=pools)
+    _require_proven_pools(None, backend, host_pools=pools)
 
 
 def test_a_backend_finds_and_leaves_nothing_under_the_old_name(
