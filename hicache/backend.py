@@ -110,7 +110,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         self._anchor_is_logical = getattr(mem_pool_host, "kv_buffer", None) is None
         if not self._anchor_is_logical:  # as DeepSeek V4's
             self._register(mem_pool_host, PoolName.KV)
-        elif self._stored == {PoolName.KV}:
+        elif self._stored <= PROVEN:
             raise _unsupported(PoolName.KV, mem_pool_host)
         weights.on_replaced(self._weights_replaced)
 
@@ -121,6 +121,15 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         logical = host_pool_name == PoolName.KV and self._anchor_is_logical
         if not logical and (known is None or known.host is not host_pool):
             self._register(host_pool, host_pool_name)
+
+    def on_host_pools_registered(self) -> None:
+        """SGLang has no more pools for now; before any page is moved."""
+        if (
+            len(self._pools) > 1
+        ):  # then the KV pool, registered first, counts layers on its own, too
+            for pool in self._pools.values():
+                pool.is_of_stage(self._sharding)
+                pool.belongs_to(self._model)
 
     def _register(self, host_pool: HostPool, name: PoolName) -> None:
         if name not in self._stored:
@@ -538,7 +547,8 @@ def _is_chain(transfer: PoolTransfer) -> bool:
 def _unsupported(name: PoolName, pool: object) -> NotImplementedError:
     return NotImplementedError(
         f"lmcache: this model keeps its state in the pool {str(name)!r} ({type(pool).__name__}), and "
-        "this version stores plain KV pools only. Serve it without --hicache-storage-backend lmcache"
+        f"this version stores {', '.join(sorted(PROVEN))} only. Serve it without --hicache-storage-backend "
+        "lmcache"
     )
 
 

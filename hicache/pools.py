@@ -145,9 +145,18 @@ def _state_slices(pool: HostPool, name: str, sharding: Sharding) -> dict[str, in
     slices: dict[str, int] = {}
     if name == "mamba" and sharding.tp_size > 1:  # recurrent state is cut along its heads
         slices |= {"tp_rank": sharding.tp_rank, "tp_size": sharding.tp_size}
-    if name != "kv" and sharding.pp_size > 1:
-        slices |= {"pp_rank": sharding.pp_rank, "pp_size": sharding.pp_size}
-    return slices
+    return slices if name == "kv" else slices | stage(sharding)
+
+
+def stage(sharding: Sharding) -> dict[str, int]:
+    """Which layers a rank has, where its pools count them from 0.
+
+    In a model with several pools all of them do, the KV pool included (SWAKVPool, HybridLinearKVPool);
+    where it is the only one it starts at the stage's first layer, and no more need be said.
+    """
+    if sharding.pp_size == 1:
+        return {}
+    return {"pp_rank": sharding.pp_rank, "pp_size": sharding.pp_size}
 
 
 def _head_dims(pool: HostPool) -> tuple[int, int]:

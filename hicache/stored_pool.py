@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
+import msgspec
+
 from ..kernels.pages import PageSegments
 from .identity import ModelIdentity, PageIdentity, namespace
-from .pools import HostPool, Sharding, describe, logical_page_size, segments
+from .pools import HostPool, Sharding, describe, logical_page_size, segments, stage
 from .tiling import NOTHING, Kind, Tiling, tiling
 
 if TYPE_CHECKING:
@@ -120,6 +122,11 @@ class StoredPool:
         self.access, self.page_bytes = _access(host, name, first_page)
         self.identity: PageIdentity = describe(host, name, sharding, self.page_bytes, kv_heads)
         self._standing: Standing | None = None
+
+    def is_of_stage(self, sharding: Sharding) -> None:
+        """Its layers do not say which pipeline stage they are of: the stage is named."""
+        slices = self.identity.slices | stage(sharding)
+        self.identity = msgspec.structs.replace(self.identity, slices=slices)
 
     def belongs_to(self, model: ModelIdentity) -> None:
         """From now on its pages are those of this model, and only its own are of any use to it."""

@@ -476,8 +476,8 @@ def test_a_pool_that_no_engine_was_seen_with_is_refused_by_name(
 
     backend = backends.open(make_pool(USUAL))
     with pytest.raises(NotImplementedError) as caught:
-        backend.register_mem_host_pool_v2(make_pool(USUAL), PoolName.MAMBA)
-    assert "'mamba'" in str(caught.value)
+        backend.register_mem_host_pool_v2(make_pool(USUAL), PoolName.INDEXER)
+    assert "'indexer'" in str(caught.value)
     assert "--hicache-storage-backend lmcache" in str(caught.value)
 
 

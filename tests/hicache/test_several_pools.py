@@ -280,6 +280,29 @@ def test_a_recurrent_state_is_cut_by_ranks_and_latent_kv_is_not(
     assert first.pools[PoolName.MAMBA].namespace != other.pools[PoolName.MAMBA].namespace
 
 
+def test_stages_of_a_pipeline_share_no_page_of_a_model_with_several_pools(
+    make_pool: MakePool, backends_of_all_pools: Any
+) -> None:
+    """Each of its pools counts its own layers from 0, on every stage."""
+    from sglang.srt.mem_cache.hicache_storage import PoolName
+
+    opened: list[Any] = []
+    for rank, of in ((0, 2), (1, 2), (0, 1)):
+        beside = opened[0] if opened else None
+        backend = backends_of_all_pools.open(
+            make_pool("mha page_first"), pp_rank=rank, pp_size=of, beside=beside
+        )
+        backend.register_mem_host_pool_v2(make_pool("mha page_first", head_dim=4), PoolName.SWA)
+        backend.on_host_pools_registered()
+        opened.append(backend)
+    for name in (PoolName.KV, PoolName.SWA):
+        assert len({backend.pools[name].namespace for backend in opened}) == 3
+    alone = backends_of_all_pools.open(make_pool("mha page_first"), beside=opened[0])
+    before = alone.pools[PoolName.KV].namespace
+    alone.on_host_pools_registered()
+    assert alone.pools[PoolName.KV].namespace == before
+
+
 def test_the_addresses_of_a_state_are_inside_its_pool(make_pool: MakePool) -> None:
     pool = make_pool("mamba page_first")
     addresses, sizes = pool.get_page_buffer_meta(torch.tensor([1]))
