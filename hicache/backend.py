@@ -94,6 +94,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         self._namespaces = Namespaces(chain.directories)
         self._naming = Lock()  # held where a pool's standing changes
         self._apart: dict[bytes, str] = {}  # why pages of others are of no use, as was logged
+        self._is_complete = False  # whether SGLang has given all the pools of the model
         self._anchor_is_logical = False  # the KV pool has no memory; other pools hold the KV
         self._new_metrics = metrics
         self._metrics = metrics() if metrics else None
@@ -124,12 +125,29 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
 
     def on_host_pools_registered(self) -> None:
         """SGLang has no more pools for now; before any page is moved."""
+        self._is_complete = True
         if (
             len(self._pools) > 1
         ):  # then the KV pool, registered first, counts layers on its own, too
-            for pool in self._pools.values():
-                pool.is_of_stage(self._sharding)
-                pool.belongs_to(self._model)
+            with self._naming:
+                for pool in self._pools.values():
+                    pool.is_of_stage(self._sharding)
+                    pool.belongs_to(self._model)
+        for pool in self._pools.values():
+            self._announce(pool)
+
+    def _announce(self, pool: StoredPool) -> None:
+        """Tell the log, and engines of other topologies, what its pages are."""
+        if self._model.lasting:
+            self._namespaces.add(pool.standing.kind)
+        logger.info(
+            "lmcache: pool %s: pages of %d tokens and %d bytes, namespace %s (%s)",
+            pool.name,
+            pool.identity.page_size,
+            pool.page_bytes,
+            pool.namespace.hex(),
+            pool.identity,
+        )
 
     def _register(self, host_pool: HostPool, name: PoolName) -> None:
         if name not in self._stored:
@@ -143,16 +161,8 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         with self._naming:
             pool.belongs_to(self._model)
             self._pools = self._pools | {name: pool}
-        if self._model.lasting:
-            self._namespaces.add(pool.standing.kind)
-        logger.info(
-            "lmcache: pool %s: pages of %d tokens and %d bytes, namespace %s (%s)",
-            name,
-            pool.identity.page_size,
-            pool.page_bytes,
-            pool.namespace.hex(),
-            pool.identity,
-        )
+        if self._is_complete:  # one that came while the model serves
+            self._announce(pool)
 
     def _weights_replaced(self) -> None:
         """Neither find nor leave anything under the name of the weights that were."""

@@ -79,7 +79,7 @@ def family(request: pytest.FixtureRequest, folder: Path) -> Family:
         folder / f"{name}-store",
         args=[*ARGS, *WAIT, *(STATES_AT_ENDS if recurrent else ())],
         page_size=1 if recurrent else 16,
-        engine_settings=EAGER,
+        sglang=EAGER,
     )
     with server(model, setup, folder / f"{name}-cold.log") as engine:
         answered = {what: ask(engine, tokens) for what, tokens in ASKED.items()}

@@ -230,6 +230,7 @@ class Backends:
             model=model, metrics=metrics, cpu=cpu, disk=disk, beside=beside, **sharding
         )
         backend.register_mem_pool_host(pool)
+        backend.on_host_pools_registered()
         return backend
 
     def make(
