@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,13 +37,13 @@ from .form import PageForm
 from .identity import ModelIdentity
 from .namespaces import Namespaces
 from .pools import HostPool, Sharding, logical_page_size
+from .statistics import Statistics, StoreMetrics
 from .stored_pool import Standing, StoredPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo, PoolTransfer
-    from sglang.srt.observability.metrics_collector import StorageMetrics
 
     from ..kernels.pages import PageSegments
     from ..storage.base import Limits, Tier
@@ -66,7 +67,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         model: what computed the pages.
         chain: the open store; closed with this backend.
         require_room: raises when a tier cannot keep a page of so many bytes.
-        metrics: makes SGLang's empty `StorageMetrics`, or None when SGLang does not collect them.
+        metrics: whether SGLang collects any.
         stored: pools whose pages are stored; a model with another one is refused at start.
         kv_heads: of the whole model; 0 where it is not known.
         recompute: declines to restore what is computed sooner; None restores whatever there is.
@@ -78,7 +79,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         model: ModelIdentity,
         chain: Chain,
         require_room: Callable[[Chain, int], None],
-        metrics: Callable[[], StorageMetrics] | None = None,
+        metrics: bool = False,
         stored: frozenset[PoolName] = PROVEN,
         kv_heads: int = 0,
         recompute: Recompute | None = None,
@@ -96,9 +97,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         self._apart: dict[bytes, str] = {}  # why pages of others are of no use, as was logged
         self._is_complete = False  # whether SGLang has given all the pools of the model
         self._anchor_is_logical = False  # the KV pool has no memory; other pools hold the KV
-        self._new_metrics = metrics
-        self._metrics = metrics() if metrics else None
-        self._metrics_lock = Lock()
+        self._statistics = Statistics(metrics, self._reasons)
 
     @property
     def pools(self) -> dict[PoolName, StoredPool]:
@@ -252,6 +251,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         holders = [next(found) for _ in range(pages)]
         for cover in standing.tiling.covers:
             pieces = [[next(found) for _ in range(pages)] for _ in cover]
+            self._statistics.missed("pieces.missing", _partly(pieces))
             lowest = [self._lowest(parts) for parts in zip(*pieces, strict=True)]
             holders = [
                 there if own is None else own for own, there in zip(holders, lowest, strict=True)
@@ -385,7 +385,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         given_up = limits.cancel is not None and limits.cancel.is_set()
         if name == PoolName.KV and not all(held) and not given_up:
             events.of_this_process.lost([page_hashes[i] for i, came in enumerate(held) if not came])
-        self._measure(read=True, pages=sum(held), size=pool.page_bytes, started=started)
+        self._statistics.moved(read=True, pages=sum(held), size=pool.page_bytes, started=started)
         return held
 
     def _put_together(
@@ -429,7 +429,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         with pool.access.reading(host_indices) as pages:
             keys = [named + page_hash for page_hash in _raw(page_hashes)]
             stored = self._chain.store(keys, pages, parent=parent, position=position)
-        self._measure(
+        self._statistics.moved(
             read=False, pages=stored.count(Stored.STORED), size=pool.page_bytes, started=started
         )
         return [page.kept for page in stored]
@@ -464,13 +464,19 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             )
         events.of_this_process.cleared()
 
-    def get_stats(self) -> StorageMetrics | None:
+    def get_stats(self) -> StoreMetrics | None:
         """What SGLang's metrics have not seen yet; None when SGLang does not collect any."""
-        if self._new_metrics is None:
-            return None
-        with self._metrics_lock:
-            seen, self._metrics = self._metrics, self._new_metrics()
-        return seen
+        return self._statistics.take()
+
+    def reasons(self) -> dict[str, int]:
+        """Why pages were not restored, as `StoreMetrics.reasons`."""
+        return self._statistics.reasons()
+
+    def _reasons(self) -> dict[str, int]:
+        declined = self._recompute.declined if self._recompute else 0
+        apart = Counter(f"kinds.{why}" for why in self._apart.values())
+        own = dict(apart) | ({"recompute.faster": declined} if declined else {})
+        return self._chain.faults.counts() | own
 
     def close(self) -> None:
         """Write what is still on its way to the disk and let go of the store. Idempotent."""
@@ -493,19 +499,6 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         """Not called, as `get`."""
         raise NotImplementedError("lmcache: use batch_set_v1")
 
-    def _measure(self, *, read: bool, pages: int, size: int, started: float) -> None:
-        """SGLang's metrics: pages of a batch that moved, and GB/s of them."""
-        if pages == 0:
-            return
-        rate = pages * size / 1e9 / max(time.perf_counter() - started, 1e-9)
-        with self._metrics_lock:
-            if (metrics := self._metrics) is None:
-                return
-            counts = metrics.prefetch_pgs if read else metrics.backup_pgs
-            rates = metrics.prefetch_bandwidth if read else metrics.backup_bandwidth
-            counts.append(pages)
-            rates.append(rate)
-
 
 def _raw(page_hashes: Sequence[str]) -> list[bytes]:
     """Raises: ValueError for what is no SHA-256, of which a key could be made that is another page's."""
@@ -521,6 +514,11 @@ def _spaces(standing: Standing | None) -> list[bytes]:
         return []
     pieces = [piece.namespace for cover in standing.tiling.covers for piece in cover]
     return [standing.namespace, *pieces]
+
+
+def _partly(pieces: Sequence[Sequence[Tier | None]]) -> int:
+    """How many pages have some of their pieces and lack others."""
+    return sum(None in parts and any(parts) for parts in zip(*pieces, strict=True))
 
 
 def _gaps(held: Sequence[bool]) -> list[range]:

@@ -264,8 +264,6 @@ def _create(
 
 def create_backend(storage_config: Any) -> Any:
     """The backend of one rank. Raises: ConfigError, and then SGLang does not start or attach."""
-    from sglang.srt.observability.metrics_collector import StorageMetrics
-
     from .hicache.backend import LMCacheBackend
     from .hicache.engine import kv_heads, model_identity
     from .hicache.recompute import Recompute
@@ -281,7 +279,7 @@ def create_backend(storage_config: Any) -> Any:
         model,
         chain,
         require_room,
-        StorageMetrics if storage_config.enable_storage_metrics else None,
+        metrics=storage_config.enable_storage_metrics,
         kv_heads=kv_heads(),
         recompute=Recompute() if config.restore == "when-faster" else None,
     )

@@ -534,35 +534,35 @@ def test_without_metrics_there_are_no_statistics(make_pool: MakePool, backends: 
 def test_statistics_are_what_sglang_has_not_seen(make_pool: MakePool, backends: Any) -> None:
     from sglang.srt.observability.metrics_collector import StorageMetrics
 
+    from lmcache_sglang.hicache.statistics import StoreMetrics
+
     pool = make_pool(USUAL)
-    backend = backends.open(pool, metrics=StorageMetrics)
-    assert backend.get_stats() == StorageMetrics()
+    backend = backends.open(pool, metrics=True)
+    assert backend.get_stats() == StoreMetrics()
     keys = page_hashes(5)
     backend.batch_set_v1(keys[:3], indices(pool, [0, 1, 2]))
     backend.batch_set_v1(keys[2:4], indices(pool, [2, 3]))  # one of them is there already
     backend.batch_get_v1(keys, indices(pool, [0, 1, 2, 3, 4]))
     backend.batch_get_v1(keys[4:], indices(pool, [4]))  # a miss moves nothing
     seen = backend.get_stats()
-    assert isinstance(seen, StorageMetrics)
+    assert isinstance(seen, StorageMetrics)  # which SGLang asserts, too
     assert seen.backup_pgs == [3, 1]
     assert seen.prefetch_pgs == [4]
     assert len(seen.backup_bandwidth) == 2
     assert len(seen.prefetch_bandwidth) == 1
     assert all(rate > 0 for rate in seen.backup_bandwidth + seen.prefetch_bandwidth)
-    assert backend.get_stats() == StorageMetrics()
+    assert backend.get_stats() == StoreMetrics()
 
 
 def test_a_bandwidth_is_in_gigabytes_a_second(
     make_pool: MakePool, backends: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sglang.srt.observability.metrics_collector import StorageMetrics
-
     pool = make_pool(USUAL)
-    backend = backends.open(pool, metrics=StorageMetrics)
+    backend = backends.open(pool, metrics=True)
     clock = iter([100.0, 102.0])  # two seconds for the batch
-    monkeypatch.setattr(
-        "lmcache_sglang.hicache.backend.time", SimpleNamespace(perf_counter=lambda: next(clock))
-    )
+    fake = SimpleNamespace(perf_counter=lambda: next(clock))
+    for module in ("backend", "statistics"):
+        monkeypatch.setattr(f"lmcache_sglang.hicache.{module}.time", fake)
     backend.batch_set_v1(page_hashes(4), indices(pool, [0, 1, 2, 3]))
     seen = backend.get_stats()
     one_page = page_bytes(pool, indices(pool, [0]))

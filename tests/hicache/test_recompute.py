@@ -117,7 +117,7 @@ def test_small_batches_say_nothing_of_the_speed(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def backend(make_pool: Any, backends: Any, clock: Clock) -> Any:
-    made = backends.open(make_pool(USUAL))
+    made = backends.open(make_pool(USUAL), metrics=True)
     made.batch_set_v1(page_hashes(3), indices(made.mem_pool_host, [0, 1, 2]))
     page_seconds = made.pools[_kv()].page_size / PREFILL
     made._recompute = Recompute(rate(PREFILL, LEAST_TOKENS), clock)
@@ -133,7 +133,16 @@ def test_a_lookup_finds_what_it_pays_to_restore(backend: Any, pages: float, foun
     assert backend.batch_exists(page_hashes(3)) == found
     result = backend.batch_exists_v2(page_hashes(3), [])
     assert result.kv_hit_pages == found
+    assert backend.reasons() == ({} if found else {"recompute.faster": 6})
     assert result.restorable_prefix_pages == list(range(1, found + 1))
+
+
+def test_sglang_is_given_the_reasons_with_its_metrics(backend: Any) -> None:
+    backend._chain.rates["cpu"] = backend.tier_takes(2.0)
+    metrics = backend.get_stats()
+    assert metrics.reasons() == {}
+    backend.batch_exists(page_hashes(3))
+    assert metrics.reasons() == backend.get_stats().reasons() == {"recompute.faster": 3}
 
 
 def test_a_lookup_finds_everything_where_the_setting_says_so(backend: Any) -> None:

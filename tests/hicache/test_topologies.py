@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 
-from lmcache_sglang.hicache.backend import LMCacheBackend
 from tests.hicache.test_backend import indices, page_hashes
+
+if TYPE_CHECKING:
+    from lmcache_sglang.hicache.backend import LMCacheBackend
 
 PAGES = 3
 PAGE_SIZE = 4
@@ -217,6 +219,7 @@ def test_a_page_with_a_piece_missing_is_a_miss(reader: Topology, start: Start) -
     stored_by([right], keys[:1])
     (one,) = start(reader)
     assert one.backend.batch_exists(keys) == 1
+    assert one.backend.reasons() == {"pieces.missing": PAGES - 1}
     assert one.get(keys) == [True, False, False]
     assert one.wrong(range(1)) == 0
     assert one.untouched(range(1, PAGES))
