@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# Seen to come back on a real engine with the same tokens. The others are tested against SGLang's own pools
-# in this process, and against its file backend's answers, which is not enough to risk a wrong token on.
+# Seen to come back on a real engine with the same tokens. Of the others SGLang's own pools and controller were
+# seen to get back the bytes they gave, as from its file backend; no engine that has them runs without a GPU.
 PROVEN = frozenset({PoolName.KV, PoolName.SWA, PoolName.MAMBA})
 
 
@@ -68,7 +68,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         chain: the open store; closed with this backend.
         require_room: raises when a tier cannot keep a page of so many bytes.
         metrics: whether SGLang collects any.
-        stored: pools whose pages are stored; a model with another one is refused at start.
+        draft: what computed those of a draft model; None without one.
         kv_heads: of the whole model; 0 where it is not known.
         recompute: declines to restore what is computed sooner; None restores whatever there is.
     """
@@ -80,7 +80,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         chain: Chain,
         require_room: Callable[[Chain, int], None],
         metrics: bool = False,
-        stored: frozenset[PoolName] = PROVEN,
+        draft: ModelIdentity | None = None,
         kv_heads: int = 0,
         recompute: Recompute | None = None,
     ) -> None:
@@ -88,7 +88,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         self._model = model
         self._chain = chain
         self._require_room = require_room
-        self._stored = stored
+        self._draft = draft
         self._kv_heads = kv_heads
         self._recompute = recompute
         self._pools: dict[PoolName, StoredPool] = {}
@@ -108,10 +108,8 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         """Take the KV pool; raises when its pages cannot be kept."""
         super().register_mem_pool_host(mem_pool_host)
         self._anchor_is_logical = getattr(mem_pool_host, "kv_buffer", None) is None
-        if not self._anchor_is_logical:  # as DeepSeek V4's
+        if not self._anchor_is_logical:  # as DeepSeek V4's is
             self._register(mem_pool_host, PoolName.KV)
-        elif self._stored <= PROVEN:
-            raise _unsupported(PoolName.KV, mem_pool_host)
         weights.on_replaced(self._weights_replaced)
 
     def register_mem_host_pool_v2(self, host_pool: HostPool, host_pool_name: PoolName) -> None:
@@ -131,13 +129,13 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             with self._naming:
                 for pool in self._pools.values():
                     pool.is_of_stage(self._sharding)
-                    pool.belongs_to(self._model)
+                    pool.belongs_to(self._model_of(pool))
         for pool in self._pools.values():
             self._announce(pool)
 
     def _announce(self, pool: StoredPool) -> None:
         """Tell the log, and engines of other topologies, what its pages are."""
-        if self._model.lasting:
+        if pool.standing.kind.model.lasting:
             self._namespaces.add(pool.standing.kind)
         logger.info(
             "lmcache: pool %s: pages of %d tokens and %d bytes, namespace %s (%s)",
@@ -149,27 +147,37 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         )
 
     def _register(self, host_pool: HostPool, name: PoolName) -> None:
-        if name not in self._stored:
-            raise _unsupported(name, host_pool)
-        target_layers = getattr(host_pool, "target_layer_num", None)
-        if target_layers not in (None, getattr(host_pool, "layer_num", None)):
-            raise _unsupported(PoolName.DRAFT, host_pool)  # packed in; its weights are not named
         first_page = torch.arange(logical_page_size(host_pool), dtype=torch.int64)
         pool = StoredPool(host_pool, name.value, self._sharding, first_page, self._kv_heads)
         self._require_room(self._chain, pool.page_bytes)
         with self._naming:
-            pool.belongs_to(self._model)
+            pool.belongs_to(self._model_of(pool))
             self._pools = self._pools | {name: pool}
+        if name not in PROVEN:
+            logger.info(
+                "lmcache: pool %s: tested with SGLang's pools, not yet with an engine", name
+            )
         if self._is_complete:  # one that came while the model serves
             self._announce(pool)
 
+    def _model_of(self, pool: StoredPool) -> ModelIdentity:
+        """Raises: NotImplementedError: nobody knows what computed it."""
+        if not pool.is_draft:
+            return self._model
+        if self._draft is None:
+            raise NotImplementedError(
+                f"lmcache: the pool {pool.name!r} is a draft model's, and SGLang names no speculative "
+                "decoding. Serve this model without --hicache-storage-backend lmcache"
+            )
+        return self._draft
+
     def _weights_replaced(self) -> None:
         """Neither find nor leave anything under the name of the weights that were."""
-        settings = self._model.settings | {"weights": weights.epoch()}
         with self._naming:
-            self._model = msgspec.structs.replace(self._model, settings=settings)
+            self._model = _with_new_weights(self._model)
+            self._draft = self._draft and _with_new_weights(self._draft)
             for pool in self._pools.values():
-                pool.belongs_to(self._model)
+                pool.belongs_to(self._model_of(pool))
         events.of_this_process.cleared()
         for name, pool in self._pools.items():
             logger.info(
@@ -552,12 +560,9 @@ def _is_chain(transfer: PoolTransfer) -> bool:
     return bool(transfer.hit_policy != PoolHitPolicy.TRAILING_PAGES)
 
 
-def _unsupported(name: PoolName, pool: object) -> NotImplementedError:
-    return NotImplementedError(
-        f"lmcache: this model keeps its state in the pool {str(name)!r} ({type(pool).__name__}), and "
-        f"this version stores {', '.join(sorted(PROVEN))} only. Serve it without --hicache-storage-backend "
-        "lmcache"
-    )
+def _with_new_weights(model: ModelIdentity) -> ModelIdentity:
+    settings = model.settings | {"weights": weights.epoch()}
+    return msgspec.structs.replace(model, settings=settings)
 
 
 # SGLang reports type(backend).__name__ as the storage backend of a request's cached tokens.

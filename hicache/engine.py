@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from uuid import uuid4
 
+import msgspec
+
 from . import weights
 from .identity import UNREAD, ModelIdentity, fingerprint
 
@@ -22,6 +24,14 @@ _SETTINGS = (
     "modelopt_quant",
     "quantize_and_serve",
     "rl_quant_profile",
+)
+_DRAFT_SETTINGS = (
+    "speculative_algorithm",
+    "speculative_draft_load_format",
+    "speculative_draft_model_quantization",
+    "speculative_draft_kv_cache_dtype",
+    "speculative_draft_window_size",
+    "speculative_draft_sink_size",
 )
 # Ways of loading that give the weights of the model's files as they are.
 _PLAIN_FORMATS = ("auto", "safetensors", "pt", "gguf", "mistral", "npcache", "fastsafetensors")
@@ -48,6 +58,27 @@ def model_identity(served_name: str | None) -> ModelIdentity:
         kv_dtype=str(model.kv_cache_dtype),
         settings=settings,
     )
+
+
+def draft_identity(target: ModelIdentity) -> ModelIdentity | None:
+    """The identity of the draft model of speculative decoding; None without one.
+
+    Its KV is made of the target's hidden states too, so it names both.
+    """
+    from sglang.srt.runtime_context import get_spec
+
+    spec = get_spec()
+    if spec.speculative_algorithm is None:
+        return None
+    settings = {name: str(getattr(spec, name)) for name in _DRAFT_SETTINGS}
+    path, revision = spec.speculative_draft_model_path, spec.speculative_draft_model_revision
+    own = (
+        _fingerprint(str(path), revision) if path else "within the target"
+    )  # layers of its own files
+    settings |= {"draft_fingerprint": own}
+    fingerprints = target.fingerprint, own
+    unread = next((each for each in fingerprints if each.startswith(UNREAD)), target.fingerprint)
+    return msgspec.structs.replace(target, fingerprint=unread, settings=target.settings | settings)
 
 
 def kv_heads() -> int:

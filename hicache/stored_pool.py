@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import msgspec
+import torch
 
 from ..kernels.pages import PageSegments
 from .identity import ModelIdentity, PageIdentity, namespace
@@ -16,8 +17,6 @@ from .tiling import NOTHING, Kind, Tiling, tiling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import torch
 
     from .pools import FlatPool
 
@@ -123,6 +122,14 @@ class StoredPool:
         self.identity: PageIdentity = describe(host, name, sharding, self.page_bytes, kv_heads)
         self._standing: Standing | None = None
 
+    @property
+    def is_draft(self) -> bool:
+        """Whether a draft model computes it, or a part of each page: layers packed in behind the target's."""
+        layers = getattr(self.host, "layer_num", None)
+        return self.name.startswith("draft") or (
+            getattr(self.host, "target_layer_num", layers) != layers
+        )
+
     def is_of_stage(self, sharding: Sharding) -> None:
         """Its layers do not say which pipeline stage they are of: the stage is named."""
         slices = self.identity.slices | stage(sharding)
@@ -153,6 +160,11 @@ class StoredPool:
     def page_size(self) -> int:
         """Indices that one page takes in a call."""
         return logical_page_size(self.host)
+
+
+def require_reachable(host: HostPool, name: str) -> None:
+    """Raises: NotImplementedError, as `StoredPool`."""
+    _access(host, name, torch.arange(logical_page_size(host), dtype=torch.int64))
 
 
 def _access(host: HostPool, name: str, first_page: torch.Tensor) -> tuple[Access, int]:

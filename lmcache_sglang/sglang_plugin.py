@@ -9,7 +9,8 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     hicache_hook.resolve_storage_layout_…           layer_first becomes page_first, as for Mooncake
     StorageBackendFactory._create_builtin_backend   makes the backend, under its own name
     HiCacheController.attach_storage_backend        selects the zero-copy calls
-    HybridCacheController.attach_storage_backend    refuses models with a pool that was not seen to come back
+    HybridCacheController.attach_storage_backend    refuses pools whose pages cannot be reached
+    HybridCacheController.should_backup             stores all ranks' parts of a draft model
     LoRARef.deterministic_id                        adapters are told apart by their weights too
     SchedulerWeightUpdaterManager.update_weights_…  new weights find none of the old ones' pages
     HiCacheController.reset                         nor those that were still being stored
@@ -60,6 +61,7 @@ _CONTROLLER = "sglang.srt.managers.cache_controller.HiCacheController"
 _ATTACH = f"{_CONTROLLER}.attach_storage_backend"
 _HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
 _ATTACH_POOLS = f"{_HYBRID}.attach_storage_backend"
+_SHOULD_BACK_UP = f"{_HYBRID}.should_backup"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _UPDATES = (
     f"{_UPDATER}.update_weights_from_disk",
@@ -100,6 +102,7 @@ SEAMS = (
     f"{_FACTORY}.register_backend",
     _ATTACH,
     _HYBRID,
+    _SHOULD_BACK_UP,
     _ADAPTER_ID,
     *_UPDATES,
     _RESET,
@@ -118,6 +121,7 @@ SEAMS = (
     "sglang.srt.mem_cache.hicache_storage.HiCacheStorage",
     "sglang.srt.mem_cache.utils.get_hash_str",
     "sglang.srt.runtime_context.get_model",
+    "sglang.srt.runtime_context.get_spec",
     "sglang.srt.runtime_context.process_model_config",
 )
 
@@ -143,7 +147,8 @@ def activate() -> None:
     HookRegistry.register(_LAYOUT, _prefer_page_first, HookType.AFTER)
     HookRegistry.register(_CREATE, _create, HookType.AROUND)
     HookRegistry.register(_ATTACH, _select_zero_copy, HookType.AFTER)
-    HookRegistry.register(_ATTACH_POOLS, _require_proven_pools, HookType.BEFORE)
+    HookRegistry.register(_ATTACH_POOLS, _require_reachable_pools, HookType.BEFORE)
+    HookRegistry.register(_SHOULD_BACK_UP, _back_up_every_shard, HookType.AROUND)
     HookRegistry.register(_ADAPTER_ID, _identify_adapter, HookType.AROUND)
     for update in _UPDATES:
         HookRegistry.register(update, _replace_weights, HookType.AROUND)
@@ -265,13 +270,14 @@ def _create(
 def create_backend(storage_config: Any) -> Any:
     """The backend of one rank. Raises: ConfigError, and then SGLang does not start or attach."""
     from .hicache.backend import LMCacheBackend
-    from .hicache.engine import kv_heads, model_identity
+    from .hicache.engine import draft_identity, kv_heads, model_identity
     from .hicache.recompute import Recompute
     from .store import open_chain, require_room
 
     config = Config.load(storage_config.extra_config)
     _load_page_hash()
     model = model_identity(storage_config.model_name)
+    draft = draft_identity(model)
     chain = open_chain(config)  # last: nobody would close it
     _BACKEND_MADE.set()
     return LMCacheBackend(
@@ -280,6 +286,7 @@ def create_backend(storage_config: Any) -> Any:
         chain,
         require_room,
         metrics=storage_config.enable_storage_metrics,
+        draft=draft,
         kv_heads=kv_heads(),
         recompute=Recompute() if config.restore == "when-faster" else None,
     )
@@ -305,20 +312,36 @@ def _select_zero_copy(_: None, controller: Any, *__: Any, **___: Any) -> None:
         controller.page_set_func = controller._page_set_zero_copy
 
 
-def _require_proven_pools(
+def _require_reachable_pools(
     controller: Any, storage_backend: Any = None, *_: Any, host_pools: Any = None, **__: Any
 ) -> None:
     """Refuse before SGLang starts its storage threads: it does not stop them when a pool is refused."""
     if storage_backend != NAME:
         return
-    from .hicache.backend import PROVEN
+    from .hicache.stored_pool import require_reachable
 
-    others = [str(entry.name) for entry in host_pools or () if entry.name not in PROVEN]
-    if others:
-        raise UnsupportedEngineError(
-            f"{FLAG} {NAME}: this model also keeps state in {', '.join(others)}, and this version stores "
-            f"{', '.join(sorted(PROVEN))} only. Serve it without the flag"
-        )
+    for entry in host_pools or ():
+        is_anchor = getattr(entry, "is_primary_index_anchor", False)
+        if is_anchor and getattr(entry.host_pool, "kv_buffer", None) is None:
+            continue  # it gives out indices, and has no pages of its own
+        try:
+            require_reachable(entry.host_pool, str(entry.name))
+        except NotImplementedError as refusal:
+            raise UnsupportedEngineError(f"{FLAG} {NAME}: {refusal}") from refusal
+
+
+def _back_up_every_shard(
+    original: Callable[..., bool], controller: Any, transfer: Any, *rest: Any, **named: Any
+) -> bool:
+    """A draft model of plain heads beside a target that every rank holds whole (MLA): each rank has another
+    part of it, and SGLang stores only the first rank's, but for one backend that it names."""
+    if original(controller, transfer, *rest, **named):
+        return True
+    if getattr(controller, "storage_backend_type", None) != NAME:
+        return False
+    entry = controller.mem_pool_host.entry_map.get(transfer.name)
+    is_draft = transfer.name in ("draft", "draft_swa")
+    return is_draft and hasattr(getattr(entry, "host_pool", None), "head_num")
 
 
 def _replace_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 import torch
 
@@ -207,7 +208,7 @@ class Backends:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.stored: frozenset[Any] | None = None  # None: those that an engine has
+        self.draft: str | None = "draft"  # fingerprint of the draft model; None without one
         self._made: list[LMCacheBackend] = []
 
     def open(
@@ -245,18 +246,20 @@ class Backends:
         **sharding: Any,
     ) -> LMCacheBackend:
         """A backend that has no pool yet."""
-        from lmcache_sglang.hicache.backend import PROVEN, LMCacheBackend
+        from lmcache_sglang.hicache.backend import LMCacheBackend
 
-        settings = {"path": self.path, "cpu": {"size": cpu}, "disk": {"size": disk}}
-        chain = beside._chain if beside else open_chain(Config.of(settings))
+        own = {"path": self.path, "cpu": {"size": cpu}, "disk": {"size": disk}}
+        chain = beside._chain if beside else open_chain(Config.of(own))
         identity = ModelIdentity(name=model, fingerprint="f", kv_dtype="auto", settings={})
+        settings = {"draft_fingerprint": str(self.draft)}
+        draft = msgspec.structs.replace(identity, settings=settings) if self.draft else None
         backend = LMCacheBackend(
             _storage_config(**sharding),
             identity,
             chain,
             require_room,
             metrics,
-            stored=PROVEN if self.stored is None else self.stored,
+            draft=draft,
             kv_heads=kv_heads,
         )
         self._made.append(backend)
@@ -288,15 +291,6 @@ def _storage_config(**changed: Any) -> Any:
         "model_name": "model",
     }
     return HiCacheStorageConfig(**alone | changed)
-
-
-@pytest.fixture
-def backends_of_all_pools(backends: Backends) -> Backends:
-    """As `backends`, of a version that has seen all pools work."""
-    from sglang.srt.mem_cache.hicache_storage import PoolName
-
-    backends.stored = frozenset(PoolName)
-    return backends
 
 
 @pytest.fixture

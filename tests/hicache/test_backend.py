@@ -469,31 +469,63 @@ def test_the_kv_pool_may_be_registered_again(make_pool: MakePool, backends: Any)
     assert backend.pools == before
 
 
-def test_a_pool_that_no_engine_was_seen_with_is_refused_by_name(
+def test_a_pool_that_no_engine_was_seen_with_is_stored_and_that_is_said(
+    make_pool: MakePool, backends: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import PoolName
+
+    backend = backends.open(make_pool(USUAL))
+    with caplog.at_level("INFO"):
+        backend.register_mem_host_pool_v2(make_pool(USUAL), PoolName.SWA)
+        assert "not yet with an engine" not in caplog.text
+        backend.register_mem_host_pool_v2(make_pool(USUAL), PoolName.INDEXER)
+    assert "not yet with an engine" in caplog.text
+    assert list(backend.pools) == [PoolName.KV, PoolName.SWA, PoolName.INDEXER]
+
+
+def test_a_draft_models_pool_is_refused_where_nobody_names_the_draft_model(
+    make_pool: MakePool, backends: Any
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import PoolName
+
+    backends.draft = None
+    backend = backends.open(make_pool(USUAL))
+    with pytest.raises(NotImplementedError) as caught:
+        backend.register_mem_host_pool_v2(make_pool(USUAL), PoolName.DRAFT)
+    assert "'draft'" in str(caught.value)
+    assert "--hicache-storage-backend lmcache" in str(caught.value)
+    assert list(backend.pools) == [PoolName.KV]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pages_of_another_draft_model_are_not_found(
+    packed: bool, make_pool: MakePool, backends: Any
+) -> None:
+    """The target's own are, unless the draft model's layers lie in them."""
+    from sglang.srt.mem_cache.hicache_storage import PoolName
+
+    keys, found = page_hashes(2), []
+    first = None
+    for draft in ("one", "one", "another"):
+        backends.draft = draft
+        pool, drafts = make_pool(USUAL), make_pool(USUAL)
+        pool.target_layer_num -= packed
+        backend = backends.open(pool, beside=first)
+        backend.register_mem_host_pool_v2(drafts, PoolName.DRAFT)
+        if first is None:
+            first = backend
+            assert backend.batch_set_v1(keys, indices(pool, [0, 1])) == [True, True]
+        found.append((backend.batch_exists(keys), backend.pools[PoolName.DRAFT].namespace))
+    assert [pages for pages, _ in found] == [2, 2, 0 if packed else 2]
+    assert found[0][1] == found[1][1] != found[2][1]
+
+
+def test_a_pool_whose_pages_cannot_be_reached_is_refused_by_name(
     make_pool: MakePool, backends: Any
 ) -> None:
     from sglang.srt.mem_cache.hicache_storage import PoolName
 
     backend = backends.open(make_pool(USUAL))
-    with pytest.raises(NotImplementedError) as caught:
-        backend.register_mem_host_pool_v2(make_pool(USUAL), PoolName.INDEXER)
-    assert "'indexer'" in str(caught.value)
-    assert "--hicache-storage-backend lmcache" in str(caught.value)
-
-
-def test_a_pool_without_memory_is_refused_by_name(sglang: None, backends: Any) -> None:
-    from sglang.srt.mem_cache.memory_pool_host import LogicalHostPool
-
-    with pytest.raises(NotImplementedError, match="LogicalHostPool"):
-        backends.open(LogicalHostPool(64, 4))
-
-
-def test_a_pool_whose_pages_cannot_be_reached_is_refused_by_name(
-    make_pool: MakePool, backends_of_all_pools: Any
-) -> None:
-    from sglang.srt.mem_cache.hicache_storage import PoolName
-
-    backend = backends_of_all_pools.open(make_pool(USUAL))
     mute = SimpleNamespace(page_size=1, dcp_size=1)
     with pytest.raises(NotImplementedError) as caught:
         backend.register_mem_host_pool_v2(mute, PoolName.AUXILIARY_SWA)

@@ -149,7 +149,7 @@ class Side:
 def sides(
     request: pytest.FixtureRequest,
     make_pool: MakePool,
-    backends_of_all_pools: Any,
+    backends: Any,
     storage_config: Any,
     tmp_path: Path,
 ) -> tuple[Side, Side]:
@@ -157,7 +157,7 @@ def sides(
     from sglang.srt.mem_cache.hicache_storage import HiCacheFile, PoolName
 
     ours, theirs = (Side(request.param, make_pool, storage_config()) for _ in range(2))
-    ours.drive(backends_of_all_pools.open(ours.pools[PoolName.KV]), "lmcache")
+    ours.drive(backends.open(ours.pools[PoolName.KV]), "lmcache")
     file = HiCacheFile(storage_config(), str(tmp_path / "file"))
     file.register_mem_pool_host(theirs.pools[PoolName.KV])
     theirs.drive(file, "file")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_sglang.hicache.engine import model_identity
+from lmcache_sglang.hicache.engine import draft_identity, model_identity
 
 Serving = Callable[..., AbstractContextManager[Any]]
 
@@ -43,6 +43,62 @@ def test_a_model_is_known_by_its_name_and_its_weights(serving: Serving, model: P
         after = model_identity("as-served")
     assert before.name == after.name == "as-served"
     assert before.fingerprint != after.fingerprint
+
+
+def test_without_speculative_decoding_there_is_no_draft_model(
+    serving: Serving, model: Path
+) -> None:
+    with serving(model_path=str(model)):
+        assert draft_identity(model_identity("m")) is None
+
+
+def test_a_draft_model_is_known_by_its_own_weights_and_the_targets(
+    serving: Serving, model: Path, tmp_path: Path
+) -> None:
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    (draft / "model.bin").write_bytes(b"one")
+    eagle = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(draft)}
+    found = []
+    for target, own in ((b"t", b"one"), (b"u", b"one"), (b"t", b"two"), (b"t", b"one")):
+        (model / "model.bin").write_bytes(target)
+        (draft / "model.bin").write_bytes(own)
+        with serving(model_path=str(model), **eagle):
+            found.append(draft_identity(model_identity("m")))
+    assert None not in found
+    assert found[0] == found[3]
+    assert found[0] not in found[1:3]
+    assert found[1] != found[2]
+
+
+def test_layers_of_the_targets_own_files_need_no_other_fingerprint(
+    serving: Serving, model: Path
+) -> None:
+    with serving(model_path=str(model), speculative_algorithm="NEXTN"):
+        target = model_identity("m")
+        draft = draft_identity(target)
+    assert draft is not None
+    assert draft.lasting
+    assert draft.fingerprint == target.fingerprint
+    assert draft != target
+
+
+def test_a_draft_model_that_cannot_be_read_is_this_processs_own(
+    serving: Serving, model: Path, tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "missing")
+    with serving(
+        model_path=str(model),
+        speculative_algorithm="EAGLE",
+        speculative_draft_model_path=missing,
+    ):
+        target = model_identity("m")
+        one, other = draft_identity(target), draft_identity(target)
+    assert one is not None
+    assert other is not None
+    assert target.lasting
+    assert not one.lasting
+    assert one != other
 
 
 def test_a_model_without_a_name_goes_by_its_path(serving: Serving, model: Path) -> None:

@@ -45,7 +45,7 @@ def test_leading_whole_groups_cover_their_blocks(here: str, group: int, covered:
 
 
 def test_the_answer_is_that_of_the_file_backend(
-    sglang: None, tmp_path: Path, storage_config: Any, make_pool: Any, backends_of_all_pools: Any
+    sglang: None, tmp_path: Path, storage_config: Any, make_pool: Any, backends: Any
 ) -> None:
     """Random pages in either store, of a model with a window and a recurrent state."""
     import torch
@@ -63,7 +63,7 @@ def test_the_answer_is_that_of_the_file_backend(
         PoolName.SWA: make_pool("mha page_first", pages=SPAN, head_dim=4),
         PoolName.MAMBA: make_pool("mamba page_first", pages=SPAN),
     }
-    ours = backends_of_all_pools.open(pools[PoolName.KV])
+    ours = backends.open(pools[PoolName.KV])
     for name, pool in pools.items():
         ours.register_mem_host_pool_v2(pool, name)
     rng = random.Random(1)

@@ -64,12 +64,12 @@ def content(pool: Any, slot: int) -> bytes:
 
 @pytest.mark.parametrize(("name", "kind", "access"), POOLS)
 def test_pages_of_a_pool_come_back_whole_and_elsewhere(
-    name: str, kind: str, access: type, make_pool: MakePool, backends_of_all_pools: Any
+    name: str, kind: str, access: type, make_pool: MakePool, backends: Any
 ) -> None:
     from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
     pool = make_pool(kind, pages=2 * PAGES + 2)
-    backend = backends_of_all_pools.open(make_pool("mha page_first"))
+    backend = backends.open(make_pool("mha page_first"))
     backend.register_mem_host_pool_v2(pool, PoolName(name))
     assert isinstance(backend.pools[PoolName(name)].access, access)
     slots = random.Random(3).sample(range(2 * PAGES), 2 * PAGES)
@@ -102,12 +102,12 @@ def name_of(text: str) -> Any:
 
 
 def test_each_pool_has_pages_of_its_own_under_the_same_hash(
-    make_pool: MakePool, backends_of_all_pools: Any
+    make_pool: MakePool, backends: Any
 ) -> None:
     from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
     kv, swa = make_pool("mha page_first"), make_pool("mha page_first")  # of one shape
-    backend = backends_of_all_pools.open(kv)
+    backend = backends.open(kv)
     backend.register_mem_host_pool_v2(swa, PoolName.SWA)
     fill(kv, 1)
     fill(swa, 2)
@@ -125,14 +125,14 @@ def test_each_pool_has_pages_of_its_own_under_the_same_hash(
 
 
 def test_a_prefix_is_not_reported_once_a_sidecar_is_gone(
-    make_pool: MakePool, backends_of_all_pools: Any
+    make_pool: MakePool, backends: Any
 ) -> None:
     from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
     from lmcache_sglang.storage.base import page_key
 
     kv, state = make_pool("mha page_first"), make_pool("mamba page_first")
-    backend = backends_of_all_pools.open(kv)
+    backend = backends.open(kv)
     backend.register_mem_host_pool_v2(state, PoolName.MAMBA)
     keys = page_hashes(6)
     assert backend.batch_set_v1(keys, indices(kv, list(range(6)))) == [True] * 6
@@ -155,12 +155,12 @@ def test_a_prefix_is_not_reported_once_a_sidecar_is_gone(
 
 
 def test_groups_of_blocks_have_a_verdict_and_shorten_no_prefix(
-    make_pool: MakePool, backends_of_all_pools: Any
+    make_pool: MakePool, backends: Any
 ) -> None:
     from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
     kv, blocks = make_pool("mha page_first"), make_pool("paged page_first")
-    backend = backends_of_all_pools.open(kv)
+    backend = backends.open(kv)
     backend.register_mem_host_pool_v2(blocks, PoolName.DEEPSEEK_V4_C4)
     keys, groups = page_hashes(6), page_hashes(4, "groups")
     backend.batch_set_v1(keys, indices(kv, list(range(6))))
@@ -186,14 +186,14 @@ def test_groups_of_blocks_have_a_verdict_and_shorten_no_prefix(
 
 
 def test_a_kv_pool_without_memory_leaves_it_to_the_others(
-    make_pool: MakePool, backends_of_all_pools: Any
+    make_pool: MakePool, backends: Any
 ) -> None:
     """DeepSeek V4: the KV pool gives out indices only."""
     from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
     from sglang.srt.mem_cache.memory_pool_host import LogicalHostPool
 
     anchor, pages = LogicalHostPool(64, 4), make_pool("paged page_first")
-    backend = backends_of_all_pools.open(anchor)
+    backend = backends.open(anchor)
     backend.register_mem_host_pool_v2(anchor, PoolName.KV)
     backend.register_mem_host_pool_v2(pages, PoolName.DEEPSEEK_V4_C4)
     assert list(backend.pools) == [PoolName.DEEPSEEK_V4_C4]
@@ -210,13 +210,13 @@ def test_a_kv_pool_without_memory_leaves_it_to_the_others(
 
 @pytest.mark.parametrize("places", [None, 0, 1, 7])
 def test_places_that_do_not_match_the_keys_move_nothing(
-    places: int | None, make_pool: MakePool, backends_of_all_pools: Any
+    places: int | None, make_pool: MakePool, backends: Any
 ) -> None:
     """As after a hit that fell short of what was allocated for it."""
     from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
     swa = make_pool("mha page_first")
-    backend = backends_of_all_pools.open(make_pool("mha page_first"))
+    backend = backends.open(make_pool("mha page_first"))
     backend.register_mem_host_pool_v2(swa, PoolName.SWA)
     where = None if places is None else torch.arange(places)
     transfer = PoolTransfer(PoolName.SWA, host_indices=where, keys=page_hashes(2))
@@ -224,12 +224,10 @@ def test_places_that_do_not_match_the_keys_move_nothing(
     assert backend.batch_get_v2([transfer]) == {PoolName.SWA: [False, False]}
 
 
-def test_a_pool_that_is_not_registered_is_a_miss(
-    make_pool: MakePool, backends_of_all_pools: Any
-) -> None:
+def test_a_pool_that_is_not_registered_is_a_miss(make_pool: MakePool, backends: Any) -> None:
     from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
-    backend = backends_of_all_pools.open(make_pool("mha page_first"))
+    backend = backends.open(make_pool("mha page_first"))
     keys = page_hashes(2)
     backend.batch_set_v1(keys, indices(backend.pools[PoolName.KV].host, [0, 1]))
     transfer = PoolTransfer(PoolName.INDEXER, host_indices=torch.arange(8), keys=keys)
@@ -238,12 +236,12 @@ def test_a_pool_that_is_not_registered_is_a_miss(
 
 
 def test_one_lookup_serves_all_pools_of_a_long_request(
-    make_pool: MakePool, backends_of_all_pools: Any, monkeypatch: pytest.MonkeyPatch
+    make_pool: MakePool, backends: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """250,000 tokens in pages of 16, and a window beside them."""
     from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
-    backend = backends_of_all_pools.open(make_pool("mha page_first"))
+    backend = backends.open(make_pool("mha page_first"))
     backend.register_mem_host_pool_v2(make_pool("mha page_first", head_dim=4), PoolName.SWA)
     keys = page_hashes(250_000 // 16)
     lookups: list[int] = []
@@ -264,14 +262,12 @@ def test_one_lookup_serves_all_pools_of_a_long_request(
 
 
 def test_a_recurrent_state_is_cut_by_ranks_and_latent_kv_is_not(
-    make_pool: MakePool, backends_of_all_pools: Any
+    make_pool: MakePool, backends: Any
 ) -> None:
     from sglang.srt.mem_cache.hicache_storage import PoolName
 
-    first = backends_of_all_pools.open(
-        make_pool("mla page_first"), tp_rank=0, tp_size=2, is_mla_model=True
-    )
-    other = backends_of_all_pools.open(
+    first = backends.open(make_pool("mla page_first"), tp_rank=0, tp_size=2, is_mla_model=True)
+    other = backends.open(
         make_pool("mla page_first"), tp_rank=1, tp_size=2, is_mla_model=True, beside=first
     )
     for backend in (first, other):
@@ -281,7 +277,7 @@ def test_a_recurrent_state_is_cut_by_ranks_and_latent_kv_is_not(
 
 
 def test_stages_of_a_pipeline_share_no_page_of_a_model_with_several_pools(
-    make_pool: MakePool, backends_of_all_pools: Any
+    make_pool: MakePool, backends: Any
 ) -> None:
     """Each of its pools counts its own layers from 0, on every stage."""
     from sglang.srt.mem_cache.hicache_storage import PoolName
@@ -289,7 +285,7 @@ def test_stages_of_a_pipeline_share_no_page_of_a_model_with_several_pools(
     opened: list[Any] = []
     for rank, of in ((0, 2), (1, 2), (0, 1)):
         beside = opened[0] if opened else None
-        backend = backends_of_all_pools.open(
+        backend = backends.open(
             make_pool("mha page_first"), pp_rank=rank, pp_size=of, beside=beside
         )
         backend.register_mem_host_pool_v2(make_pool("mha page_first", head_dim=4), PoolName.SWA)
@@ -297,7 +293,7 @@ def test_stages_of_a_pipeline_share_no_page_of_a_model_with_several_pools(
         opened.append(backend)
     for name in (PoolName.KV, PoolName.SWA):
         assert len({backend.pools[name].namespace for backend in opened}) == 3
-    alone = backends_of_all_pools.open(make_pool("mha page_first"), beside=opened[0])
+    alone = backends.open(make_pool("mha page_first"), beside=opened[0])
     before = alone.pools[PoolName.KV].namespace
     alone.on_host_pools_registered()
     assert alone.pools[PoolName.KV].namespace == before

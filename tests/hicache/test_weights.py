@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,12 @@ import torch
 
 from lmcache_sglang.errors import UnsupportedEngineError
 from lmcache_sglang.hicache import weights
-from lmcache_sglang.sglang_plugin import NAME, _forget_replaced_weights, _require_proven_pools
+from lmcache_sglang.sglang_plugin import (
+    NAME,
+    _back_up_every_shard,
+    _forget_replaced_weights,
+    _require_reachable_pools,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,28 +52,65 @@ def test_who_is_gone_is_not_told() -> None:
     assert weights._listeners == []
 
 
-class Entry:
-    def __init__(self, name: str) -> None:
-        self.name = name
+def entry(name: str, pool: Any, is_anchor: bool = False) -> Any:
+    from sglang.srt.mem_cache.pool_host.group import PoolEntry
+
+    return PoolEntry(name, pool, None, lambda layer: layer, is_anchor)
 
 
-def test_a_model_with_a_pool_nobody_saw_come_back_is_refused_before_anything_is_attached() -> None:
-    pools = [Entry(name) for name in ("kv", "mamba", "draft", "indexer")]
-    with pytest.raises(UnsupportedEngineError, match="state in draft, indexer, and"):
-        _require_proven_pools(None, NAME, host_pools=pools)
+def mute() -> Any:
+    """A pool that says neither where its pages lie nor what they hold."""
+    return SimpleNamespace(page_size=1, dcp_size=1, kv_buffer=None)
+
+
+def test_a_pool_that_cannot_be_reached_is_refused_before_anything_is_attached(
+    make_pool: Callable[..., Any],
+) -> None:
+    pools = [entry("kv", make_pool("mha page_first"), is_anchor=True), entry("swa", mute())]
+    with pytest.raises(UnsupportedEngineError, match="pool 'swa'"):
+        _require_reachable_pools(None, NAME, host_pools=pools)
+
+
+def test_what_can_be_reached_and_other_backends_are_not_refused(
+    make_pool: Callable[..., Any],
+) -> None:
+    kv = entry("kv", make_pool("mha page_first"), is_anchor=True)
+    logical = entry("kv", mute(), is_anchor=True)
+    for backend, pools in (
+        (NAME, [kv, entry("mamba", make_pool("sided page_first"))]),
+        (NAME, [logical, entry("deepseek_v4_c4", make_pool("paged page_first"))]),
+        (NAME, None),
+        ("file", [entry("swa", mute())]),
+    ):
+        _require_reachable_pools(None, backend, host_pools=pools)
 
 
 @pytest.mark.parametrize(
-    ("backend", "pools"),
+    ("backend", "pool", "kind", "wanted"),
     [
-        (NAME, [Entry("kv")]),
-        (NAME, [Entry("kv"), Entry("swa"), Entry("mamba")]),
-        (NAME, None),
-        ("file", [Entry("draft")]),
+        (NAME, "draft", "mha page_first", True),
+        (NAME, "draft_swa", "mha page_first", True),
+        (NAME, "draft", "mla page_first", False),
+        (NAME, "swa", "mha page_first", False),
+        (NAME, "mamba", "mamba page_first", True),
+        ("file", "draft", "mha page_first", False),
     ],
 )
-def test_other_models_and_other_backends_are_not_refused(backend: str, pools: Any) -> None:
-    _require_proven_pools(None, backend, host_pools=pools)
+def test_every_rank_stores_its_part_of_a_draft_model(
+    backend: str, pool: str, kind: str, wanted: bool, make_pool: Callable[..., Any]
+) -> None:
+    """Beside a target whose KV only the first rank stores; through SGLang's own controller."""
+    from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+    from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+
+    controller = HybridCacheController.__new__(HybridCacheController)
+    controller.storage_config = SimpleNamespace(is_storage_writer=False)
+    controller.storage_backend_type = backend
+    host = SimpleNamespace(host_pool=make_pool(kind))
+    controller.mem_pool_host = SimpleNamespace(entry_map={PoolName(pool): host})
+    original = inspect.unwrap(HybridCacheController.should_backup)
+    asked = PoolTransfer(PoolName(pool))
+    assert _back_up_every_shard(original, controller, asked) is wanted
 
 
 def test_a_backend_finds_and_leaves_nothing_under_the_old_name(
