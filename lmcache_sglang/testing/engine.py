@@ -124,18 +124,6 @@ def ask(
     return _answer(server.post("/generate", _body(list(prompt), request), timeout))
 
 
-def ask_at_once(
-    server: SGLangServer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    timeout: float = ANSWER_SECONDS,
-    **request: Any,
-) -> list[Answer]:
-    """As `ask`, of several prompts that come to the engine together, in this order."""
-    body = _body([list(prompt) for prompt in prompts], request)
-    return [_answer(each) for each in server.post("/generate", body, timeout)]
-
-
 def ask_timed(server: SGLangServer, prompt: Sequence[int], **request: Any) -> tuple[Answer, float]:
     """As `ask`, and the seconds until the first token came."""
     begun = time.perf_counter()

@@ -28,7 +28,7 @@ def activate() -> None:
 
 
 def _bring_the_prompt(queue: Any, decode_req: Any) -> None:
-    """Before the first step. A prompt that is not in the store is left as it is: SGLang's own first request."""
+    """Before the first step. What is not in the store is left as it is: SGLang's own first request."""
     manager = queue.scheduler.decode_offload_manager
     controller, host, request = (
         manager.cache_controller,

@@ -28,7 +28,7 @@ class Stall:
 
     Attributes:
         folder: of the plug-in and the lock.
-        steps: of `injection.STEPS`. Of reads and writes the tier in memory has its own; `flush` is the disk's.
+        steps: of `injection.STEPS`. The tier in memory reads and writes, too; `flush` is the disk's alone.
     """
 
     folder: Path

@@ -1,8 +1,8 @@
 """A decode instance of a disaggregated deployment stores what it generates; other engines go on from there.
 
-The decode instance is SGLang's own, on CPU. The network between prefill and decode is not: `testing/handoff.py`
-brings the prompt's KV from the store. SGLang's `fake` transfer also makes up the first token, from the
-request's id.
+The decode instance is SGLang's own, on CPU. The network between prefill and decode is not:
+`testing/handoff.py` brings the prompt's KV from the store. SGLang's `fake` transfer also makes up the first
+token, from the request's id.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def answer(tokens: list[int], storage: int) -> Answer:
 
 def test_a_row_says_what_came_back_and_whether_the_tokens_are_the_same() -> None:
     cold = {"first": answer([1], 0), "once": answer([2], 0)}
-    right = Run(cold, {"first": answer([1], 384), "once": answer([2], 384)}, "")
-    wrong = Run(cold, {"first": answer([1], 384), "once": answer([3], 0)}, "")
+    right = Run(cold, {"first": answer([1], 384), "once": answer([2], 384)}, {}, "")
+    wrong = Run(cold, {"first": answer([1], 384), "once": answer([3], 0)}, {}, "")
     assert row(MODES[1], right, right).endswith("| 768 | 768 | 768 | yes |")
     assert row(MODES[1], wrong, right).endswith("| 768 | 384 | 768 | **no** |")
