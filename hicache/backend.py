@@ -34,6 +34,7 @@ from ..storage.base import PAGE_HASH_BYTES, Stored
 from . import events, patience, restorable, weights
 from .assembly import assemble
 from .form import PageForm
+from .guard import guarded
 from .identity import ModelIdentity
 from .namespaces import Namespaces
 from .pools import HostPool, Sharding, logical_page_size
@@ -212,6 +213,11 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
                     why,
                 )
 
+    def failed(self, call: str) -> None:
+        """One of the calls below did not end as it should (guard.py)."""
+        self._statistics.missed(f"failed.{call}", 1)
+
+    @guarded(lambda *_, **__: 0)
     def batch_exists(
         self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> int:
@@ -276,6 +282,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
     def exists(self, key: str) -> bool:
         return self.batch_exists([key]) == 1
 
+    @guarded(lambda *_, **__: PoolTransferResult(0, {}, []))
     def batch_exists_v2(
         self,
         keys: list[str],
@@ -322,6 +329,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         hits[transfer.name] = verdict.boundary
         return verdict.prefixes
 
+    @guarded(lambda _, keys, *__, **___: [False] * len(keys))
     def batch_get_v1(
         self,
         keys: list[str],
@@ -333,6 +341,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             return [True] * len(keys)
         return self._get(PoolName.KV, keys, host_indices, extra_info)
 
+    @guarded(lambda _, keys, *__, **___: [False] * len(keys))
     def batch_set_v1(
         self,
         keys: list[str],
@@ -344,6 +353,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             return [True] * len(keys)
         return self._set(PoolName.KV, keys, host_indices, extra_info)
 
+    @guarded(lambda _, transfers, *__, **___: _nothing_of(transfers))
     def batch_get_v2(
         self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> dict[PoolName, list[bool]]:
@@ -355,6 +365,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             for each in transfers
         }
 
+    @guarded(lambda _, transfers, *__, **___: _nothing_of(transfers))
     def batch_set_v2(
         self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> dict[PoolName, list[bool]]:
@@ -553,6 +564,10 @@ def _before(extra_info: HiCacheStorageExtraInfo | None, chained: bool) -> tuple[
     before = getattr(extra_info, "prefix_keys", None) or []
     last = _raw(before[-1:])[0] if before and chained else b""
     return last, len(before)
+
+
+def _nothing_of(transfers: Sequence[PoolTransfer]) -> dict[PoolName, list[bool]]:
+    return {each.name: [False] * len(each.keys or []) for each in transfers}
 
 
 def _is_chain(transfer: PoolTransfer) -> bool:

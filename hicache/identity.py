@@ -8,6 +8,7 @@ else that must match for the bytes to mean the same. It never holds who wrote th
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,9 @@ class _Tensor(msgspec.Struct):
 
     data_offsets: tuple[int, int] = (0, 0)  # from the end of the table
 
+
+# By path, inode, size and times. A change of content changes its time of change, which nobody can set back.
+_digests: dict[tuple[str, int, int, int, int], bytes] = {}
 
 _TABLE = msgspec.json.Decoder(dict[str, _Tensor])
 
@@ -96,7 +100,8 @@ def fingerprint(model: Path) -> str:
 
     For each weight file: its size, and for safetensors the tensor table and `_SAMPLE` bytes from the
     start, the middle and the end of each tensor; for any other format `_SAMPLES` places spread evenly.
-    File names and times do not enter, so a copy of a model elsewhere is the same model.
+    File names and times do not enter, so a copy of a model elsewhere is the same model. A file that was looked at
+    is not read again by this process until it changes.
 
     Args:
         model: the directory of a model, or a single weight file.
@@ -112,7 +117,7 @@ def fingerprint(model: Path) -> str:
     weights = _weight_files(model)
     if not weights:
         raise FileNotFoundError(f"no weight files in {model}")
-    for part in sorted(_file_digest(file) for file in weights):
+    for part in sorted(_digest_as_it_is(file) for file in weights):
         _add(digest, part)
     return digest.hexdigest()
 
@@ -127,6 +132,15 @@ def _weight_files(model: Path) -> list[Path]:
     if model.is_file():
         return [model]
     return [file for pattern in _WEIGHT_FILES for file in model.glob(pattern)]
+
+
+def _digest_as_it_is(file: Path) -> bytes:
+    """`_file_digest`, once in this process for a file that has not changed."""
+    state = file.stat()
+    known = (os.fspath(file), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    if known not in _digests:
+        _digests[known] = _file_digest(file)
+    return _digests[known]
 
 
 def _file_digest(file: Path) -> bytes:

@@ -106,7 +106,7 @@ def describe(
         page_size=logical_page_size(pool),
         page_bytes=size,
         dtype=str(pool.dtype).removeprefix("torch."),
-        layers=(getattr(pool, "start_layer", 0), getattr(pool, "end_layer", 0)),
+        layers=(_first_layer(pool), getattr(pool, "end_layer", 0)),
         stored_layers=getattr(pool, "layer_num", getattr(pool, "num_mamba_layers", 0)),
         heads=(first, first + heads),
         total_heads=total,
@@ -145,7 +145,12 @@ def _state_slices(pool: HostPool, name: str, sharding: Sharding) -> dict[str, in
     slices: dict[str, int] = {}
     if name == "mamba" and sharding.tp_size > 1:  # recurrent state is cut along its heads
         slices |= {"tp_rank": sharding.tp_rank, "tp_size": sharding.tp_size}
-    return slices if name == "kv" else slices | stage(sharding)
+    counts_own_layers = name != "kv" or (sharding.pp_rank > 0 and _first_layer(pool) == 0)
+    return slices | stage(sharding) if counts_own_layers else slices
+
+
+def _first_layer(pool: HostPool) -> int:
+    return getattr(pool, "start_layer", 0)
 
 
 def stage(sharding: Sharding) -> dict[str, int]:

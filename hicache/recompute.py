@@ -12,17 +12,21 @@ would be taken for slow for good.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from threading import Lock
 
 from ..storage.rate import Rate
 
+logger = logging.getLogger(__name__)
+
 LEAST_TOKENS = 4096  # computed, before a rate is believed
 LEAST_BYTES = 64 << 20  # read from a tier, before its rate is believed
 LEAST_BATCH = 64  # tokens of a batch that says something about the rate
 MARGIN = 1.25  # a restore must be expected to take so much longer before it is declined
 RETRY_SECONDS = 30.0
+LOG_EVERY_SECONDS = 60.0
 
 _prefill = Rate()  # of this process, whatever store is attached
 
@@ -48,6 +52,7 @@ class Recompute:
         self._clock = clock
         self._lock = Lock()
         self._retried = clock()
+        self._logged = float("-inf")
         self.declined = 0  # pages
 
     def pays(self, tiers: Sequence[Rate], page_bytes: int, page_tokens: int) -> int:
@@ -62,9 +67,21 @@ class Recompute:
         best = self._best([self._gain(tier, page_bytes, page_tokens) for tier in tiers])
         if best == len(tiers) or self._is_time_to_retry():
             return len(tiers)
-        with self._lock:
-            self.declined += len(tiers) - best
+        self._note(len(tiers) - best)
         return best
+
+    def _note(self, pages: int) -> None:
+        with self._lock:
+            self.declined += pages
+            if self._clock() - self._logged < LOG_EVERY_SECONDS:
+                return
+            self._logged = self._clock()
+        logger.info(
+            "lmcache: %d pages are computed, which takes less than to read them (%d so far; "
+            '"restore": "always" would read them)',
+            pages,
+            self.declined,
+        )
 
     def _is_faster(self, tier: Rate, page_bytes: int, page_tokens: int) -> bool:
         return self._gain(tier, page_bytes, page_tokens) >= 0

@@ -363,3 +363,24 @@ def test_large_weights_are_not_read_whole(
     table = 2 * (200 * count)  # read once to parse and once for the digest
     samples = 3 * count if suffix == "safetensors" else 2 * identity._SAMPLES
     assert identity._SAMPLE * count < Counting.total < table + samples * identity._SAMPLE + 4096
+
+
+def test_a_file_that_has_not_changed_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    read: list[Path] = []
+    digest = identity._file_digest
+
+    def noted(file: Path) -> bytes:
+        read.append(file)
+        return digest(file)
+
+    monkeypatch.setattr(identity, "_digests", {})
+    monkeypatch.setattr(identity, "_file_digest", noted)
+    before = fingerprint(tmp_path)
+    assert fingerprint(tmp_path) == before
+    assert len(read) == 1
+    (tmp_path / "model.bin").write_bytes(b"WEIGHTS")
+    assert fingerprint(tmp_path) != before
+    assert len(read) == 2

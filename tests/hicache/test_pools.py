@@ -117,7 +117,15 @@ def test_every_rank_of_an_mla_model_shares_pages() -> None:
 
 @pytest.mark.parametrize("who", ["dp_rank", "pp_rank", "pp_size"])
 def test_who_wrote_a_page_does_not_matter(who: str) -> None:
-    assert described(Pool(), **{who: 1}) == described()
+    second = Pool(start_layer=8, end_layer=16)
+    assert described(second, **{who: 1}) == described(second)
+
+
+def test_a_later_stage_that_counts_its_layers_from_0_is_not_taken_for_the_first() -> None:
+    first, later = (described(Pool(), pp_rank=rank, pp_size=2) for rank in (0, 1))
+    assert first == described()
+    assert later != first
+    assert later.slices == {"pp_rank": 1, "pp_size": 2}
 
 
 def test_pipeline_stages_are_told_apart_by_their_layers() -> None:

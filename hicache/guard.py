@@ -1,0 +1,64 @@
+"""The last line before SGLang: what nobody foresaw costs hits, not requests.
+
+A tier's failures are misses before they get here (storage/chain.py). What is left is a mistake of this package's
+own, or memory that ran out. SGLang 0.5.23 catches it and goes on; its versions before ended the thread, and every
+later request hung. It is counted, and logged with its traceback, once a minute for each kind.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from threading import Lock
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_SECONDS = 60.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Counts(Protocol):
+    """Who is told of it."""
+
+    def failed(self, call: str) -> None: ...
+
+
+S = TypeVar("S", bound=Counts)
+Call = Callable[Concatenate[S, P], T]
+
+_logged: dict[tuple[str, type[Exception]], float] = {}
+_lock = Lock()
+
+
+def guarded(nothing: Call[S, P, T]) -> Callable[[Call[S, P, T]], Call[S, P, T]]:
+    """A decorator of a backend's calls. Args: nothing: makes the answer of one that moved nothing."""
+
+    def decorate(call: Call[S, P, T]) -> Call[S, P, T]:
+        def guard(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return call(self, *args, **kwargs)
+            except Exception as error:  # noqa: BLE001  # every kind: see above
+                _report(call.__name__, error)
+                self.failed(call.__name__)
+                return nothing(self, *args, **kwargs)
+
+        functools.update_wrapper(guard, call)
+        return guard
+
+    return decorate
+
+
+def _report(call: str, error: Exception) -> None:
+    kind, now = (call, type(error)), time.monotonic()
+    with _lock:
+        if now - _logged.get(kind, float("-inf")) < LOG_EVERY_SECONDS:
+            return
+        _logged[kind] = now
+    logger.error(
+        "lmcache: %s failed; its pages are misses. Please report this", call, exc_info=error
+    )
