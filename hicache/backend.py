@@ -60,6 +60,9 @@ logger = logging.getLogger(__name__)
 PROVEN = frozenset({PoolName.KV, PoolName.SWA, PoolName.MAMBA})
 
 
+LOOK_EVERY_SECONDS = 1.0  # for what engines of other topologies store, while pages are missing
+
+
 class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typed
     """Stores the pages of one rank's pools.
 
@@ -95,6 +98,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         self._pools: dict[PoolName, StoredPool] = {}
         self._namespaces = Namespaces(chain.directories)
         self._naming = Lock()  # held where a pool's standing changes
+        self._look_again = float("-inf")
         self._apart: dict[bytes, str] = {}  # why pages of others are of no use, as was logged
         self._is_complete = False  # whether SGLang has given all the pools of the model
         self._anchor_is_logical = False  # the KV pool has no memory; other pools hold the KV
@@ -188,17 +192,25 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
                 pool.namespace.hex(),
             )
 
-    def _look_around(self) -> None:
-        """Take note of what engines of other topologies have begun to store since the last call."""
-        if not self._model.lasting or not self._namespaces.refreshed():
-            return
+    def _look_around(self) -> bool:
+        """Take note of what engines of other topologies have begun to store; whether that is anything new.
+
+        Not at each miss: it asks the file system, and a thread that does has to wait for the GIL again.
+        """
+        now = time.monotonic()
+        if now < self._look_again or not self._model.lasting:
+            return False
+        self._look_again = now + LOOK_EVERY_SECONDS
+        if not self._namespaces.refreshed():
+            return False
         kinds = self._namespaces.kinds()
         with self._naming:
             if not self._model.lasting:  # replaced just now
-                return
+                return False
             found = {name: pool.look_around(kinds) for name, pool in self._pools.items()}
         for name, tiling in found.items():
             self._say(name, tiling)
+        return any(tiling.covers for tiling in found.values())
 
     def _say(self, name: PoolName, tiling: Tiling) -> None:
         for cover in tiling.covers:
@@ -240,11 +252,19 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
     def _here(
         self, asked: Sequence[tuple[PoolName, Sequence[str]]]
     ) -> list[tuple[list[bool], list[Tier]]]:
-        """Which pages of each pool are stored, whole or in pieces that others stored: one lookup.
+        """Which pages of each pool are stored, whole or in pieces that others stored.
 
         And of those that are, in turn, the tier they come from: of pieces the lowest.
         """
-        self._look_around()
+        answers = self._look_up(asked)
+        if any(False in here for here, _ in answers) and self._look_around():
+            return self._look_up(asked)
+        return answers
+
+    def _look_up(
+        self, asked: Sequence[tuple[PoolName, Sequence[str]]]
+    ) -> list[tuple[list[bool], list[Tier]]]:
+        """`_here`, for the kinds of page that are known: one lookup for all pools."""
         wanted = [
             (pool.standing if (pool := self._pools.get(name)) else None, _raw(page_hashes))
             for name, page_hashes in asked

@@ -36,6 +36,7 @@ from .breaker import Breaker
 from .faults import Faults
 from .groups import groups
 from .keeper import Keeper
+from .overdue import Overdue
 from .rate import Rate
 from .slab.tier import SlabTier
 
@@ -46,6 +47,8 @@ P = ParamSpec("P")
 
 Promotion = Literal["always", "second-hit", "never"]
 
+CALL_SECONDS = 10.0  # that a read without a limit of its own may take, as tiers have it
+GRACE_SECONDS = 1.0  # for what was begun just before a limit
 CLOSE_SECONDS = 30.0  # longest that close spends on writing what still waits
 
 _WENT_WRONG = {
@@ -95,6 +98,7 @@ class Chain:
         if not self.tiers:
             raise ValueError("a chain needs a tier")
         self.rates = {tier.name: Rate() for tier in self.tiers}  # of bytes read
+        self._overdue = {tier.name: Overdue() for tier in self.tiers}
         self._admission = admission or All()
         self._promotion = promotion
         self._breakers = {(tier.name, call): Breaker() for tier in self.tiers for call in _BREAKERS}
@@ -135,6 +139,8 @@ class Chain:
         nothing = [False] * len(keys)
         if self._breakers[tier.name, "get"].resting:
             self._count_bypassed(tier)
+            return nothing
+        if self._is_overdue(tier):
             return nothing
         return self._ask(tier, nothing, tier.exists, keys)
 
@@ -181,14 +187,10 @@ class Chain:
         limits: Limits,
     ) -> list[int]:
         """Which of the wanted pages a tier delivered. Corrupt ones are removed, so a write heals."""
+        if self._is_overdue(tier):
+            return []
         asked = [keys[i] for i in wanted]
-        missed = [Lookup.MISS] * len(asked)
-        places, started = into.select(wanted), time.perf_counter()
-        outcome = self._ask(tier, missed, tier.get, asked, places, limits)
-        hits = outcome.count(Lookup.HIT)
-        if hits:
-            took = time.perf_counter() - started
-            self.rates[tier.name].add(sum(places.sizes) * hits / len(asked), took)
+        outcome = self._read(tier, asked, into.select(wanted), limits)
         given_up = limits.cancel is not None and limits.cancel.is_set()
         for what, (reason, detail) in _WENT_WRONG.items():
             if what is Lookup.LATE and given_up:  # by its caller's choice: nothing went wrong
@@ -198,6 +200,29 @@ class Chain:
                 if what is Lookup.CORRUPT:
                     self._ask(tier, 0, tier.remove, concerned)
         return [i for i, o in zip(wanted, outcome, strict=True) if o is Lookup.HIT]
+
+    def _read(
+        self, tier: Tier, asked: list[bytes], places: PageSegments, limits: Limits
+    ) -> list[Lookup]:
+        """`Tier.get`, and how long it took."""
+        missed = [Lookup.MISS] * len(asked)
+        wait = (CALL_SECONDS if limits.seconds is None else limits.seconds) + GRACE_SECONDS
+        started = time.perf_counter()
+        with self._overdue[tier.name].expected(wait):
+            outcome = self._ask(tier, missed, tier.get, asked, places, limits)
+        took = time.perf_counter() - started
+        if took > wait:
+            self.faults.record(tier.name, Reason.BUSY.value, f"a read took {took:.1f} s")
+        if hits := outcome.count(Lookup.HIT):
+            self.rates[tier.name].add(sum(places.sizes) * hits / len(asked), took)
+        return outcome
+
+    def _is_overdue(self, tier: Tier) -> bool:
+        if not self._overdue[tier.name]:
+            return False
+        detail = "a read has not come back in time, and it is left alone until that does"
+        self.faults.record(tier.name, "overdue", detail)
+        return True
 
     def _promote(
         self,

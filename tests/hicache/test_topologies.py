@@ -138,6 +138,11 @@ class Rank:
 Start = Callable[[Topology], list[Rank]]
 
 
+@pytest.fixture(autouse=True)
+def always_looking(sglang: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache_sglang.hicache.backend.LOOK_EVERY_SECONDS", 0.0)
+
+
 @pytest.fixture
 def start(make_pool: MakePool, backends: Any) -> Start:
     """Starts the ranks of an engine on the one store of the test."""
@@ -257,6 +262,29 @@ def test_what_others_begin_to_store_later_is_found(start: Start) -> None:
     assert one.backend.batch_exists(keys) == 0
     stored_by(start(Topology(2)), keys)
     assert one.backend.batch_exists(keys) == PAGES
+
+
+def test_others_are_not_looked_for_at_each_miss(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_sglang.hicache.backend.LOOK_EVERY_SECONDS", 3600.0)
+    keys = page_hashes(PAGES)
+    (one,) = start(Topology(1))
+    looked: list[bool] = []
+
+    def refreshed() -> bool:
+        looked.append(True)
+        return False
+
+    monkeypatch.setattr(one.backend._namespaces, "refreshed", refreshed)
+    for _ in range(3):
+        assert one.backend.batch_exists(keys) == 0
+        assert one.get(keys) == [False] * PAGES
+    assert looked == [True]
+    stored_by([one], keys)
+    one.backend._look_again = float("-inf")
+    assert one.backend.batch_exists(keys) == PAGES
+    assert looked == [True]  # nothing is missing: nobody else's pages are of use
 
 
 def test_what_cannot_be_read_is_named_once(start: Start, caplog: pytest.LogCaptureFixture) -> None:
