@@ -239,15 +239,15 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         ((here, tiers),) = self._here([(PoolName.KV, keys)])
         found = restorable.all_pages(here).boundary
         events.of_this_process.lost(keys[found:])
-        return self._worth(tiers[:found])
+        return self._worth(tiers[:found], keys)
 
-    def _worth(self, tiers: Sequence[Tier]) -> int:
+    def _worth(self, tiers: Sequence[Tier], keys: Sequence[str]) -> int:
         """How many of the first KV pages it pays to restore. Args: tiers: that have them."""
         pool = self._pools.get(PoolName.KV)
-        if self._recompute is None or pool is None:
+        if self._recompute is None or pool is None or not tiers:
             return len(tiers)
         rates = [self._chain.rates[tier.name] for tier in tiers]
-        return self._recompute.pays(rates, pool.page_bytes, pool.page_size)
+        return self._recompute.pays(rates, pool.page_bytes, pool.page_size, bytes.fromhex(keys[-1]))
 
     def _here(
         self, asked: Sequence[tuple[PoolName, Sequence[str]]]
@@ -256,6 +256,11 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
 
         And of those that are, in turn, the tier they come from: of pieces the lowest.
         """
+        if (
+            self._chain.hangs
+        ):  # SGLang reads on one thread: it would wait behind the read that hangs
+            self._statistics.missed("reader.hangs", len(asked[0][1]))
+            return [([False] * len(keys), []) for _, keys in asked]
         answers = self._look_up(asked)
         if any(False in here for here, _ in answers) and self._look_around():
             return self._look_up(asked)
@@ -318,7 +323,11 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         (here, tiers), *others = self._here([(PoolName.KV, keys), *asked])
         usable = restorable.all_pages([True] * len(keys) if self._anchor_is_logical else here)
         hits = {PoolName.KV: usable.boundary}
-        worth = self._worth(tiers[: usable.boundary]) if not self._anchor_is_logical else len(keys)
+        worth = (
+            self._worth(tiers[: usable.boundary], keys)
+            if not self._anchor_is_logical
+            else len(keys)
+        )
         allowed = frozenset(pages for pages in usable.prefixes if pages <= worth)
         for transfer, (its, _) in zip(transfers, others, strict=True):
             allowed &= self._judge(transfer, its[: usable.boundary], its, hits)

@@ -81,6 +81,16 @@ def draft_identity(target: ModelIdentity) -> ModelIdentity | None:
     return msgspec.structs.replace(target, fingerprint=unread, settings=target.settings | settings)
 
 
+def keeps_pages() -> bool:
+    """Whether SGLang's host pool keeps pages, and not only such as are on their way (`buffer_only`).
+
+    Where it does not, SGLang takes a lookup's answer for what the store has, and stores anew what is not in it.
+    """
+    from sglang.srt.runtime_context import get_memory
+
+    return str(get_memory().hicache_host_memory_mode) != "buffer_only"
+
+
 def kv_heads() -> int:
     """KV heads of the model that this process serves; 0 where SGLang does not say."""
     from sglang.srt.runtime_context import process_model_config

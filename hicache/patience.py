@@ -1,17 +1,22 @@
 """How long a read may take: what SGLang's prefetch policy says, and no longer than SGLang waits for it.
 
-SGLang reads a prefix in batches on one thread and looks between them whether the request still waits. A batch
-that a slow disk holds up would hold up the prefixes of all other requests behind it, so a read here also ends
-within a batch: when SGLang gives it up, and at the latest after the time that SGLang would wait for the whole.
+SGLang reads a prefix in batches on one thread and looks between them whether the request still waits. Here a
+batch, too, begins nothing more once SGLang has given the prefix up, or has waited its whole budget for it:
 
-    timeout         SGLang's own budget: prefetch_timeout_base + tokens x prefetch_timeout_per_ki_token
+    timeout         SGLang's own budget, for all batches and pools of the prefix together:
+                    prefetch_timeout_base + tokens x prefetch_timeout_per_ki_token
     best_effort     until SGLang gives it up, when the request's turn comes
-    wait_complete   the tier's own limit, so that a stalled disk ends as a miss
+    wait_complete   as long as it takes
+
+and each call no longer than the tier's own limit. What a device has begun cannot be taken back: the memory it
+writes to is SGLang's. While such a read is overdue, nothing more is promised (storage/overdue.py). Lookups and
+writes have no budget of SGLang's, and the tier's own limit.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -36,9 +41,12 @@ _caches: WeakKeyDictionary[Any, Any] = (
 
 
 def current() -> Limits:
-    """Of the read that this thread is in."""
-    limits: Limits = getattr(_here, "limits", NO_LIMITS)
-    return limits
+    """For the next call of the read that this thread is in."""
+    cancel: Cancel | None = getattr(_here, "cancel", None)
+    if cancel is None:
+        return NO_LIMITS
+    left = None if _here.until is None else max(0.0, _here.until - time.monotonic())
+    return Limits(left, cancel)
 
 
 def watch(controller: Any, cache: Any) -> None:
@@ -53,11 +61,13 @@ def reading(controller: Any, operation: Prefetch) -> Iterator[None]:
     setattr(operation, _CANCEL, cancel)
     if operation.is_terminated():  # before there was anything to set
         cancel.set()
-    _here.limits = Limits(seconds(_caches.get(controller), len(operation.hash_value)), cancel)
+    budget = seconds(_caches.get(controller), len(operation.hash_value))
+    _here.until = None if budget is None else time.monotonic() + budget
+    _here.cancel = cancel
     try:
         yield
     finally:
-        _here.limits = NO_LIMITS
+        _here.cancel = None
 
 
 def give_up(operation: Prefetch) -> None:
@@ -68,7 +78,7 @@ def give_up(operation: Prefetch) -> None:
 
 
 def seconds(cache: Any, pages: int) -> float | None:
-    """SGLang's budget for a prefix of so many pages; None where its policy has none, as `Limits` has it.
+    """SGLang's budget for a prefix of so many pages; None where its policy has none.
 
     SGLang's clock starts when the request could first have run, ours when the read begins, so ours never ends
     a read that SGLang still waits for.

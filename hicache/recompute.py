@@ -6,8 +6,8 @@
 The best prefix is the one where most time is saved. A disk that is slow, or shared, may well be slower than a
 fast GPU on a small model; its pages are then computed, while those in memory before them are restored.
 
-Until enough of both was seen, everything is restored. So is everything once in a while, or a tier that was slow
-would be taken for slow for good.
+Until enough of both was seen, everything is restored. So is one prefix in sixteen, or a tier that was slow would be
+taken for slow for good: by its hash, as all ranks must choose the same one for any of them to read it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEAST_TOKENS = 4096  # computed, before a rate is believed
 LEAST_BYTES = 64 << 20  # read from a tier, before its rate is believed
 LEAST_BATCH = 64  # tokens of a batch that says something about the rate
 MARGIN = 1.25  # a restore must be expected to take so much longer before it is declined
-RETRY_SECONDS = 30.0
+RETRY_ONE_IN = 16
 LOG_EVERY_SECONDS = 60.0
 
 _prefill = Rate()  # of this process, whatever store is attached
@@ -51,21 +51,21 @@ class Recompute:
         self._prefill = prefill or _prefill
         self._clock = clock
         self._lock = Lock()
-        self._retried = clock()
         self._logged = float("-inf")
         self.declined = 0  # pages
 
-    def pays(self, tiers: Sequence[Rate], page_bytes: int, page_tokens: int) -> int:
+    def pays(self, tiers: Sequence[Rate], page_bytes: int, page_tokens: int, asked: bytes) -> int:
         """How many of the first pages to restore.
 
         Args:
             tiers: of each page, the rate of the tier that has it, in bytes.
+            asked: the hash of the last page that was asked for, the same on all ranks.
         """
         known = self._prefill.seen >= LEAST_TOKENS
         if not known or all(self._is_faster(tier, page_bytes, page_tokens) for tier in set(tiers)):
             return len(tiers)
         best = self._best([self._gain(tier, page_bytes, page_tokens) for tier in tiers])
-        if best == len(tiers) or self._is_time_to_retry():
+        if best == len(tiers) or asked[-1] % RETRY_ONE_IN == 0:
             return len(tiers)
         self._note(len(tiers) - best)
         return best
@@ -101,10 +101,3 @@ class Recompute:
             if total >= most:
                 best, most = pages, total
         return best
-
-    def _is_time_to_retry(self) -> bool:
-        with self._lock:
-            if self._clock() - self._retried < RETRY_SECONDS:
-                return False
-            self._retried = self._clock()
-            return True

@@ -120,6 +120,7 @@ SEAMS = (
     *(f"sglang.srt.disaggregation.kv_events.{name}" for name in _EVENTS),
     "sglang.srt.mem_cache.hicache_storage.HiCacheStorage",
     "sglang.srt.mem_cache.utils.get_hash_str",
+    "sglang.srt.runtime_context.get_memory",
     "sglang.srt.runtime_context.get_model",
     "sglang.srt.runtime_context.get_spec",
     "sglang.srt.runtime_context.process_model_config",
@@ -270,7 +271,7 @@ def _create(
 def create_backend(storage_config: Any) -> Any:
     """The backend of one rank. Raises: ConfigError, and then SGLang does not start or attach."""
     from .hicache.backend import LMCacheBackend
-    from .hicache.engine import draft_identity, kv_heads, model_identity
+    from .hicache.engine import draft_identity, keeps_pages, kv_heads, model_identity
     from .hicache.recompute import Recompute
     from .store import open_chain, require_room
 
@@ -288,7 +289,7 @@ def create_backend(storage_config: Any) -> Any:
         metrics=storage_config.enable_storage_metrics,
         draft=draft,
         kv_heads=kv_heads(),
-        recompute=Recompute() if config.restore == "when-faster" else None,
+        recompute=Recompute() if config.restore == "when-faster" and keeps_pages() else None,
     )
 
 

@@ -97,7 +97,7 @@ class Limits:
     """When a call begins no more work. What it has begun it ends: it moves the caller's memory.
 
     Attributes:
-        seconds: from the call on; None means the tier's own.
+        seconds: from the call on, where that is less than the tier's own; None means the tier's own.
         cancel: ends the call when another thread sets it.
     """
 

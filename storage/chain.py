@@ -48,6 +48,7 @@ P = ParamSpec("P")
 Promotion = Literal["always", "second-hit", "never"]
 
 CALL_SECONDS = 10.0  # that a read without a limit of its own may take, as tiers have it
+FAIR_SECONDS = 0.9  # in which any tier that works delivers a page
 GRACE_SECONDS = 1.0  # for what was begun just before a limit
 CLOSE_SECONDS = 30.0  # longest that close spends on writing what still waits
 
@@ -143,6 +144,11 @@ class Chain:
         if self._is_overdue(tier):
             return nothing
         return self._ask(tier, nothing, tier.exists, keys)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a read has not come back in time: whoever reads on one thread waits behind it."""
+        return any(self._overdue.values())
 
     def prefix(self, keys: Sequence[bytes]) -> int:
         """How many of the first pages are here without a gap."""
@@ -407,15 +413,17 @@ class Chain:
         if not breaker.allows():
             self._count_bypassed(tier)
             return otherwise
+        started = time.perf_counter()
         try:
             answer = question(*args, **kwargs)
         except TierError as error:
             breaker.failed()
             self.faults.error(error)
             return otherwise
-        if _has_failed(answer, args):
+        was_given = NO_LIMITS in args or time.perf_counter() - started >= FAIR_SECONDS
+        if _has_failed(answer, was_given):
             breaker.failed()
-        else:
+        elif was_given or not _is_late(answer):
             breaker.succeeded()
         return answer
 
@@ -426,12 +434,16 @@ class Chain:
         self.faults.record(tier.name, "refused", "no room for a page", pages)
 
 
-def _has_failed(answer: object, args: tuple[object, ...]) -> bool:
+def _has_failed(answer: object, was_given_time: bool) -> bool:
     """Whether a batch came back with no page, and neither because there is none nor by its caller's haste."""
     if not isinstance(answer, list) or not _DONE.isdisjoint(answer):
         return False
-    hurried = any(isinstance(given, Limits) and given is not NO_LIMITS for given in args)
-    return not _BROKEN.isdisjoint(answer) or not (hurried or _LATE.isdisjoint(answer))
+    return not _BROKEN.isdisjoint(answer) or (was_given_time and _is_late(answer))
+
+
+def _is_late(answer: object) -> bool:
+    """Whether pages of a batch were not come to, and none came."""
+    return isinstance(answer, list) and _DONE.isdisjoint(answer) and not _LATE.isdisjoint(answer)
 
 
 def _stats(tier: Tier) -> TierStats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,7 +65,21 @@ def test_the_budget_is_that_of_the_policy(policy: str, seconds: float | None) ->
     controller, cache = Controller(), Cache(policy)
     patience.watch(controller, cache)
     with patience.reading(controller, Operation(8)):
-        assert patience.current().seconds == seconds
+        left = patience.current().seconds
+    assert left == (None if seconds is None else pytest.approx(seconds, abs=0.5))
+
+
+def test_the_budget_is_for_all_batches_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    controller, cache = Controller(), Cache()
+    patience.watch(controller, cache)
+    with patience.reading(controller, Operation(8)):
+        left = []
+        for _ in range(3):
+            left.append(patience.current().seconds)
+            now[0] += 2.0
+    assert left == [3.0, 1.0, 0.0]
 
 
 def test_a_policy_that_changes_while_serving_is_followed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from lmcache_sglang.hicache.recompute import (
     LEAST_BYTES,
     LEAST_TOKENS,
     MARGIN,
-    RETRY_SECONDS,
+    RETRY_ONE_IN,
     Recompute,
 )
 from lmcache_sglang.storage.rate import Rate
@@ -51,8 +52,8 @@ def engine(clock: Clock) -> Recompute:
     return Recompute(rate(PREFILL, LEAST_TOKENS), clock)
 
 
-def pays(engine: Recompute, *tiers: Rate) -> int:
-    return engine.pays(tiers, PAGE_BYTES, PAGE_TOKENS)
+def pays(engine: Recompute, *tiers: Rate, asked: bytes = b"\1") -> int:
+    return engine.pays(tiers, PAGE_BYTES, PAGE_TOKENS, asked)
 
 
 MEMORY, FAST, SLOW = tier(0.001), tier(0.009), tier(0.02)
@@ -97,11 +98,13 @@ def test_a_tier_is_slow_only_when_enough_was_read_from_it(engine: Recompute) -> 
     assert pays(engine, tier(0.02, LEAST_BYTES - 1)) == 1
 
 
-def test_a_slow_tier_is_tried_again_once_in_a_while(engine: Recompute, clock: Clock) -> None:
-    assert pays(engine, SLOW) == 0
-    clock.now += RETRY_SECONDS
-    assert pays(engine, SLOW) == 1
-    assert pays(engine, SLOW) == 0
+def test_a_slow_tier_is_tried_again_by_all_ranks_for_the_same_prefixes(clock: Clock) -> None:
+    """SGLang restores what all ranks want: one that tries alone measures nothing."""
+    ranks = [Recompute(rate(speed, LEAST_TOKENS), clock) for speed in (PREFILL, 1.1 * PREFILL)]
+    hashes = [hashlib.sha256(bytes([i])).digest() for i in range(200)]
+    tried = [[pays(rank, SLOW, asked=each) for each in hashes] for rank in ranks]
+    assert tried[0] == tried[1]
+    assert 0.5 / RETRY_ONE_IN < sum(tried[0]) / len(hashes) < 2 / RETRY_ONE_IN
 
 
 def test_small_batches_say_nothing_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:

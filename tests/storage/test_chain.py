@@ -16,7 +16,7 @@ from lmcache_sglang.errors import Reason, TierError
 from lmcache_sglang.storage import faults as faults_module
 from lmcache_sglang.storage import keeper as keeper_module
 from lmcache_sglang.storage.admission import Admission, All, MinimumPrefix, SecondTouch
-from lmcache_sglang.storage.base import Below, Limits, Lookup, Stored
+from lmcache_sglang.storage.base import Below, Cancel, Limits, Lookup, Stored
 from lmcache_sglang.storage.breaker import FAILURES, MOST_SECONDS
 from lmcache_sglang.storage.chain import Chain, Promotion
 from lmcache_sglang.storage.memory import MemoryTier
@@ -738,3 +738,36 @@ def test_threads_over_a_chain_never_see_wrong_bytes(tiers: TwoTiers) -> None:
         chain.flush(SOON)
         assert all(report.ok for report in chain.check().values())
         assert not any(what.endswith("corrupt") for what in chain.faults.counts())
+
+
+def test_a_tier_that_delivers_nothing_in_a_fair_time_has_failed_whoever_hurries(
+    faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang gives a hanging read up: that is no haste of its."""
+    monkeypatch.setattr("lmcache_sglang.storage.chain.FAIR_SECONDS", 0.0)
+    keys = some_keys(2)
+    faulty.put_below(keys)
+    faulty.lower.reads = Lookup.LATE
+    memory = EngineMemory.blank([PAGE] * 2)
+    cancel = Cancel()
+    cancel.set()
+    for _ in range(2 * FAILURES):
+        limits = Limits(seconds=1.0, cancel=cancel)
+        assert not any(faulty.chain.get(keys, memory.segments, limits=limits))
+    assert faulty.lower.asked["get"] == FAILURES
+    assert faulty.chain.exists(keys) == [False, False]
+    assert faulty.chain.faults.counts()["disk.bypassed"] > 0
+
+
+def test_haste_does_not_heal_a_tier_that_fails(faulty: Faulty) -> None:
+    keys = some_keys(2)
+    faulty.put_below(keys)
+    memory = EngineMemory.blank([PAGE] * 2)
+    for _ in range(FAILURES):
+        faulty.lower.reads = Lookup.FAILED
+        assert not any(faulty.chain.get(keys, memory.segments))
+        faulty.lower.reads = Lookup.LATE
+        assert not any(faulty.chain.get(keys, memory.segments, limits=Limits(seconds=0.001)))
+    asked = faulty.lower.asked["get"]
+    assert not any(faulty.chain.get(keys, memory.segments))
+    assert faulty.lower.asked["get"] == asked
