@@ -116,9 +116,9 @@ def _runs(page: PageIdentity, row: int) -> tuple[int, ...]:
     if not page.total_heads:
         return (row,)
     k, v = page.head_dims
-    size, rest = divmod(row, k + v)
-    if rest or not size:
-        raise Untileable(f"a row of {row} bytes is no K of {k} and V of {v} numbers")
+    size = getattr(torch, page.dtype).itemsize
+    if min(k, v) <= 0 or row != (k + v) * size:
+        raise Untileable(f"a row of {row} bytes is no K of {k} and V of {v} {page.dtype}")
     return k * size, v * size
 
 

@@ -25,6 +25,11 @@ _SHAPE = (
 )
 
 
+# Pools of SGLang's whose pages are rows of K and V, or of one latent row, of each token, layer and head. A page of any
+# other is not taken apart.
+_PLAIN = ("MHATokenToKVPoolHost", "AsymmetricMHATokenToKVPoolHost", "MLATokenToKVPoolHost")
+
+
 class HostPool(Protocol):
     """What this package uses of `sglang.srt.mem_cache.pool_host.base.HostKVCache`."""
 
@@ -106,16 +111,14 @@ def describe(
         page_size=logical_page_size(pool),
         page_bytes=size,
         dtype=str(pool.dtype).removeprefix("torch."),
-        layers=(_first_layer(pool), getattr(pool, "end_layer", 0)),
+        layers=_layers(pool),
         stored_layers=getattr(pool, "layer_num", getattr(pool, "num_mamba_layers", 0)),
         heads=(first, first + heads),
         total_heads=total,
         head_dims=_head_dims(pool),
         layout=pool.layout,
         slices=_slices(sharding) | _state_slices(pool, name, sharding),
-        shape={
-            key: str(getattr(pool, key)) for key in _SHAPE if getattr(pool, key, None) is not None
-        },
+        shape=_shape(pool),
     )
 
 
@@ -147,6 +150,24 @@ def _state_slices(pool: HostPool, name: str, sharding: Sharding) -> dict[str, in
         slices |= {"tp_rank": sharding.tp_rank, "tp_size": sharding.tp_size}
     counts_own_layers = name != "kv" or (sharding.pp_rank > 0 and _first_layer(pool) == 0)
     return slices | stage(sharding) if counts_own_layers else slices
+
+
+def _layers(pool: HostPool) -> tuple[int, int]:
+    """The first layer, and one past the last.
+
+    A sub-pool of a model with several is given its last layer for the end (SGLang's memory_pool.py: `end_layer or
+    layer_num - 1`).
+    """
+    first, end = _first_layer(pool), getattr(pool, "end_layer", 0)
+    count = getattr(pool, "target_layer_num", getattr(pool, "layer_num", 0))
+    return first, first + count if end - first == count - 1 else end
+
+
+def _shape(pool: HostPool) -> dict[str, str]:
+    """What else tells two pools apart; nothing of those whose pages are plain rows of K and V."""
+    named = {key: str(getattr(pool, key)) for key in _SHAPE if getattr(pool, key, None) is not None}
+    name = type(pool).__name__
+    return named if name in _PLAIN else named | {"class": name}
 
 
 def _first_layer(pool: HostPool) -> int:

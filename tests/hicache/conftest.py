@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 LAYERS = 3
+END = 0  # of a pool, after one past its last layer; SGLang itself is not of one mind
 HOST_BUDGET = 1 << 30  # SGLang wants ten gigabytes free beside a pool, unless it is told a budget
 
 
@@ -112,7 +113,7 @@ def _mha(
         pin_memory=False,
         device_capacity_tokens=page_size,
         start_layer=layers[0],
-        end_layer=layers[1],
+        end_layer=layers[1] + END,
         host_token_capacity=tokens,
     )
 
@@ -163,7 +164,7 @@ def _mla(
         pin_memory=False,
         device_capacity_tokens=page_size,
         start_layer=layers[0],
-        end_layer=layers[1],
+        end_layer=layers[1] + END,
         target_layer_num=count,
         host_token_capacity=tokens,
     )

@@ -155,6 +155,9 @@ def test_there_are_not_more_covers_than_a_lookup_may_cost() -> None:
         {"page_bytes": 4 * 64, "head_dims": (16, 16)},
         {"shape": {"row_bytes": "96"}},
         {"layers": (4, 4)},
+        {"dtype": "uint8"},  # rows twice as long: K alone, of two bytes, say
+        {"head_dims": (32, 0)},
+        {"head_dims": (0, 0)},
     ],
     ids=str,
 )

@@ -192,6 +192,52 @@ def test_a_page_of_one_topology_is_whole_in_another(
         assert rank.wrong() == 0
 
 
+@pytest.mark.parametrize(("writer", "reader"), [(1, 2), (2, 1)])
+def test_the_pools_of_a_model_with_sliding_windows_are_read_across_topologies(
+    writer: int, reader: int, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang gives such a pool its last layer for the end, and every other one the layer after it."""
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    windowed = SWAKVPool(
+        size=64,
+        size_swa=64,
+        page_size=PAGE_SIZE,
+        dtype=torch.float32,
+        head_num=HEADS,
+        head_dim=8,
+        swa_attention_layer_ids=[4, 5],
+        full_attention_layer_ids=list(range(LAYERS)),
+        device="cpu",
+    )
+    device = windowed.full_kv_pool
+    assert (device.start_layer, device.layer_num) == (0, LAYERS)
+    monkeypatch.setattr("tests.hicache.conftest.END", device.end_layer - LAYERS)
+    keys = page_hashes(PAGES)
+    stored_by(start(Topology(writer)), keys)
+    for rank in start(Topology(reader)):
+        assert rank.pool.end_layer == device.end_layer
+        assert rank.backend.batch_exists(keys) == PAGES
+        assert rank.get(keys) == [True] * PAGES
+        assert rank.wrong() == 0
+
+
+def test_pages_of_an_unknown_kind_of_pool_are_not_taken_apart(
+    make_pool: MakePool, backends: Any
+) -> None:
+    """Nobody knows what lies in them; the same kind under the same topology reads them."""
+    pool = make_pool("mha page_first", heads=2)
+    pool.__class__ = type("Odd", (pool.__class__,), {})
+    backend = backends.open(pool)
+    assert backend.pools[_kv()].identity.shape == {"class": "Odd"}
+    assert backend.batch_set_v1(page_hashes(2), indices(pool, [0, 1])) == [True, True]
+    half = make_pool("mha page_first", heads=1)
+    half.__class__ = pool.__class__
+    other = backends.open(half, beside=backend, tp_size=2, kv_heads=2)
+    assert other.batch_exists(page_hashes(2)) == 0
+    assert other.reasons() == {"kinds.state that is no plain K and V": 1}
+
+
 def test_the_rows_of_this_file_are_told_apart(start: Start) -> None:
     """Else the test above could not fail."""
     (one,) = start(Topology())
