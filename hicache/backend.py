@@ -42,7 +42,7 @@ from .statistics import Statistics, StoreMetrics
 from .stored_pool import Standing, StoredPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo, PoolTransfer
 
@@ -60,6 +60,13 @@ logger = logging.getLogger(__name__)
 PROVEN = frozenset({PoolName.KV, PoolName.SWA, PoolName.MAMBA})
 
 
+def _nothing(
+    _: LMCacheBackend, __: PoolName, page_hashes: list[str], /, *___: Any, **____: Any
+) -> list[bool]:
+    return [False] * len(page_hashes)
+
+
+PIECES_AT_ONCE = 512  # pages that pieces are looked for of, before a gap ends it
 LOOK_EVERY_SECONDS = 1.0  # for what engines of other topologies store, while pages are missing
 
 
@@ -227,7 +234,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
 
     def failed(self, call: str) -> None:
         """One of the calls below did not end as it should (guard.py)."""
-        self._statistics.missed(f"failed.{call}", 1)
+        self._statistics.missed(f"failed.{call.strip('_')}", 1)
 
     @guarded(lambda *_, **__: 0)
     def batch_exists(
@@ -269,36 +276,50 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
     def _look_up(
         self, asked: Sequence[tuple[PoolName, Sequence[str]]]
     ) -> list[tuple[list[bool], list[Tier]]]:
-        """`_here`, for the kinds of page that are known: one lookup for all pools."""
+        """`_here`, for the kinds of page that are known: one lookup for all pools' own pages."""
         wanted = [
             (pool.standing if (pool := self._pools.get(name)) else None, _raw(page_hashes))
             for name, page_hashes in asked
         ]
-        keys: list[bytes] = []
-        for standing, raw in wanted:
-            for space in _spaces(standing):
-                keys += [space + page_hash for page_hash in raw]
-        found = iter(self._chain.holders(keys))
-        return [self._whole(standing, len(raw), found) for standing, raw in wanted]
+        own = [
+            standing.namespace + page_hash
+            for standing, raw in wanted
+            if standing is not None
+            for page_hash in raw
+        ]
+        found = iter(self._chain.holders(own))
+        answers = []
+        for place, (standing, raw) in enumerate(wanted):
+            holders = [next(found) for _ in raw] if standing is not None else []
+            if standing is not None and None in holders:
+                self._look_for_pieces(standing, raw, holders, prefix=place == 0)
+            here = [holder is not None for holder in holders]
+            answers.append((here, [holder for holder in holders if holder is not None]))
+        return answers
 
-    def _whole(
-        self, standing: Standing | None, pages: int, found: Iterator[Tier | None]
-    ) -> tuple[list[bool], list[Tier]]:
-        """Which pages there are, from the answers in the order of `_spaces`; of a pool that is not stored, none."""
-        if standing is None:
-            return [], []
-        holders = [next(found) for _ in range(pages)]
-        for cover in standing.tiling.covers:
-            pieces = [[next(found) for _ in range(pages)] for _ in cover]
-            self._statistics.missed("pieces.missing", _partly(pieces))
-            lowest = [self._lowest(parts) for parts in zip(*pieces, strict=True)]
-            holders = [
-                there if own is None else own for own, there in zip(holders, lowest, strict=True)
-            ]
-        here = [holder is not None for holder in holders]
-        return here, [holder for holder in holders if holder is not None]
+    def _look_for_pieces(
+        self, standing: Standing, raw: list[bytes], holders: list[Tier | None], *, prefix: bool
+    ) -> None:
+        """Fill in who has the pieces of pages that are not stored whole.
+
+        Args:
+            prefix: nothing behind a page that is missing is of use, as the first pool asked for is the KV's.
+        """
+        missing = [i for i, holder in enumerate(holders) if holder is None]
+        for start in range(0, len(missing) if standing.tiling.covers else 0, PIECES_AT_ONCE):
+            pages = missing[start : start + PIECES_AT_ONCE]
+            for cover in standing.tiling.covers:
+                keys = [piece.namespace + raw[i] for piece in cover for i in pages]
+                found = self._chain.holders(keys)
+                parts = [found[i :: len(pages)] for i in range(len(pages))]
+                self._statistics.missed("pieces.missing", sum(map(_partly, parts)))
+                for i, of_page in zip(pages, parts, strict=True):
+                    holders[i] = holders[i] or self._lowest(of_page)
+            if prefix and any(holders[i] is None for i in pages):
+                return
 
     def _lowest(self, holders: Sequence[Tier | None]) -> Tier | None:
+        """The lowest tier that a page has a piece in; None if a piece is missing."""
         there = {holder.name for holder in holders if holder is not None}
         if None in holders:
             return None
@@ -358,7 +379,6 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         hits[transfer.name] = verdict.boundary
         return verdict.prefixes
 
-    @guarded(lambda _, keys, *__, **___: [False] * len(keys))
     def batch_get_v1(
         self,
         keys: list[str],
@@ -370,7 +390,6 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             return [True] * len(keys)
         return self._get(PoolName.KV, keys, host_indices, extra_info)
 
-    @guarded(lambda _, keys, *__, **___: [False] * len(keys))
     def batch_set_v1(
         self,
         keys: list[str],
@@ -382,7 +401,6 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             return [True] * len(keys)
         return self._set(PoolName.KV, keys, host_indices, extra_info)
 
-    @guarded(lambda _, transfers, *__, **___: _nothing_of(transfers))
     def batch_get_v2(
         self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> dict[PoolName, list[bool]]:
@@ -394,7 +412,6 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             for each in transfers
         }
 
-    @guarded(lambda _, transfers, *__, **___: _nothing_of(transfers))
     def batch_set_v2(
         self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> dict[PoolName, list[bool]]:
@@ -406,10 +423,12 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             for each in transfers
         }
 
+    @guarded(_nothing)
     def _get(
         self,
         name: PoolName,
         page_hashes: list[str],
+        /,
         host_indices: torch.Tensor | None,
         extra_info: HiCacheStorageExtraInfo | None,
         *,
@@ -458,10 +477,12 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
                 )
         return held
 
+    @guarded(_nothing)
     def _set(
         self,
         name: PoolName,
         page_hashes: list[str],
+        /,
         host_indices: torch.Tensor | None,
         extra_info: HiCacheStorageExtraInfo | None,
         *,
@@ -522,7 +543,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
 
     def _reasons(self) -> dict[str, int]:
         declined = self._recompute.declined if self._recompute else 0
-        apart = Counter(f"kinds.{why}" for why in self._apart.values())
+        apart = Counter(f"kinds.{why}" for why in list(self._apart.values()))
         own = dict(apart) | ({"recompute.faster": declined} if declined else {})
         return self._chain.faults.counts() | own
 
@@ -556,17 +577,9 @@ def _raw(page_hashes: Sequence[str]) -> list[bytes]:
     return raw
 
 
-def _spaces(standing: Standing | None) -> list[bytes]:
-    """The namespaces to look into: a pool's own, then those of the pieces of each cover."""
-    if standing is None:
-        return []
-    pieces = [piece.namespace for cover in standing.tiling.covers for piece in cover]
-    return [standing.namespace, *pieces]
-
-
-def _partly(pieces: Sequence[Sequence[Tier | None]]) -> int:
-    """How many pages have some of their pieces and lack others."""
-    return sum(None in parts and any(parts) for parts in zip(*pieces, strict=True))
+def _partly(pieces: Sequence[Tier | None]) -> bool:
+    """Whether some of a page's pieces are here and others are not."""
+    return None in pieces and any(pieces)
 
 
 def _gaps(held: Sequence[bool]) -> list[range]:
@@ -593,10 +606,6 @@ def _before(extra_info: HiCacheStorageExtraInfo | None, chained: bool) -> tuple[
     before = getattr(extra_info, "prefix_keys", None) or []
     last = _raw(before[-1:])[0] if before and chained else b""
     return last, len(before)
-
-
-def _nothing_of(transfers: Sequence[PoolTransfer]) -> dict[PoolName, list[bool]]:
-    return {each.name: [False] * len(each.keys or []) for each in transfers}
 
 
 def _is_chain(transfer: PoolTransfer) -> bool:

@@ -50,6 +50,11 @@ class StoreEvents:
                 self._told = dict.fromkeys(_stored_in(waiting))  # listeners forget every medium
         return [*before, *waiting]
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody publishes; until then nothing need be worked out."""
+        return self._asked
+
     def backed_up(
         self, hashes: Sequence[str], tokens: Sequence[int], page_size: int, before: Sequence[str]
     ) -> None:
@@ -75,45 +80,57 @@ class StoreEvents:
             tokens: at least those of the pages.
             parent: the hash of the page before them; None at the start of a chain.
         """
-        from sglang.srt.disaggregation.kv_events import BlockStored, StorageMedium
-
+        if not self._asked or not hashes:
+            return
         blocks = [_block(page) for page in hashes]
+        before = None if parent is None else _block(parent)
         with self._lock:
             new = next((i for i, block in enumerate(blocks) if block not in self._told), None)
-            if not self._asked or new is None:
+            if new is None:
                 return
-            before = None if parent is None else _block(parent)
-            event = BlockStored(
-                block_hashes=blocks[new:],
-                parent_block_hash=blocks[new - 1] if new else before,
-                token_ids=list(tokens[new * page_size : len(blocks) * page_size]),
-                block_size=page_size,
-                lora_id=None,
-                medium=StorageMedium.DISK,
-            )
+            event = _stored(blocks[new:], blocks[new - 1] if new else before, page_size)
+            event.token_ids = list(tokens[new * page_size : len(blocks) * page_size])
             self._waiting.append(event)
-            self._told |= dict.fromkeys(event.block_hashes)
+            self._told |= dict.fromkeys(blocks[new:])
             self._forget(list(islice(self._told, max(0, len(self._told) - self._most))))
 
     def lost(self, hashes: Sequence[str]) -> None:
         """Pages are not in the store. Those of which nothing was told are nobody's concern."""
         if self._told:
+            blocks = [block for block in map(_block, hashes) if block in self._told]
             with self._lock:
-                self._forget([block for block in map(_block, hashes) if block in self._told])
+                self._forget([block for block in blocks if block in self._told])
 
     def cleared(self) -> None:
         """Nothing of what was told is in the store any more, or within this engine's reach."""
         with self._lock:
-            self._forget(list(self._told))
+            told, self._told = self._told, {}
+            self._remove(list(told))
 
     def _forget(self, blocks: list[int]) -> None:
-        from sglang.srt.disaggregation.kv_events import BlockRemoved, StorageMedium
-
-        if not blocks:
-            return
         for block in blocks:
             del self._told[block]
-        self._waiting.append(BlockRemoved(block_hashes=blocks, medium=StorageMedium.DISK))
+        self._remove(blocks)
+
+    def _remove(self, blocks: list[int]) -> None:
+        from sglang.srt.disaggregation.kv_events import BlockRemoved, StorageMedium
+
+        if blocks:
+            self._waiting.append(BlockRemoved(block_hashes=blocks, medium=StorageMedium.DISK))
+
+
+def _stored(blocks: list[int], parent: int | None, page_size: int) -> Any:
+    """An event without its tokens."""
+    from sglang.srt.disaggregation.kv_events import BlockStored, StorageMedium
+
+    return BlockStored(
+        block_hashes=blocks,
+        parent_block_hash=parent,
+        token_ids=[],
+        block_size=page_size,
+        lora_id=None,
+        medium=StorageMedium.DISK,
+    )
 
 
 def _stored_in(events: Sequence[Any]) -> list[int]:

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 LOG_EVERY_SECONDS = 60.0
 
 P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -53,6 +54,21 @@ def guarded(nothing: Call[S, P, T]) -> Callable[[Call[S, P, T]], Call[S, P, T]]:
     return decorate
 
 
+def harmless(hook: Callable[P, R]) -> Callable[P, R | None]:
+    """A decorator of hooks that only look on, most of them on SGLang's scheduler's thread: one that fails is logged,
+    and answers None, by which SGLang's registry leaves everything as it is."""
+
+    def guard(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        try:
+            return hook(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001  # every kind: see above
+            _report(hook.__name__, error)
+            return None
+
+    functools.update_wrapper(guard, hook)
+    return guard
+
+
 def _report(call: str, error: Exception) -> None:
     kind, now = (call, type(error)), time.monotonic()
     with _lock:
@@ -60,5 +76,5 @@ def _report(call: str, error: Exception) -> None:
             return
         _logged[kind] = now
     logger.error(
-        "lmcache: %s failed; its pages are misses. Please report this", call, exc_info=error
+        "lmcache: %s failed, and nothing was done by it. Please report this", call, exc_info=error
     )

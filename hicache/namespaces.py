@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from threading import Lock
 
 import msgspec
 
@@ -47,6 +49,9 @@ class Namespaces:
 
     def __init__(self, tiers: Iterable[Path]) -> None:
         self._folders = [tier / FOLDER for tier in tiers]
+        self._lock = (
+            Lock()
+        )  # a slower reader must not put older records beside a newer sight of the folders
         self._seen: list[int] = []
         self._kinds: dict[bytes, Kind] = {}
 
@@ -69,15 +74,16 @@ class Namespaces:
 
         Costs a stat a tier when there was not.
         """
-        seen = [_changed_at(folder) for folder in self._folders]
-        if seen == self._seen:
-            return False
-        settled = time.time_ns() - max(seen, default=0) > _SETTLED_NS
-        self._seen = seen if settled else []
-        kinds = {kind.namespace: kind for folder in self._folders for kind in _read(folder)}
-        changed = kinds.keys() != self._kinds.keys()
-        self._kinds = kinds
-        return changed
+        with self._lock:
+            seen = [_changed_at(folder) for folder in self._folders]
+            if seen == self._seen:
+                return False
+            settled = time.time_ns() - max(seen, default=0) > _SETTLED_NS
+            self._seen = seen if settled else []
+            kinds = {kind.namespace: kind for folder in self._folders for kind in _read(folder)}
+            changed = kinds.keys() != self._kinds.keys()
+            self._kinds = kinds
+            return changed
 
     def kinds(self) -> list[Kind]:
         """As of the last `refreshed`."""
@@ -89,12 +95,13 @@ def _write(folder: Path, namespace: bytes, text: bytes) -> None:
     if file.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f".{namespace.hex()}.{os.getpid()}"
+    handle, new = tempfile.mkstemp(dir=folder, prefix=f".{namespace.hex()}.")
     try:
-        new.write_bytes(text)
-        new.replace(file)
+        with os.fdopen(handle, "wb") as record:
+            record.write(text)
+        Path(new).replace(file)
     finally:
-        new.unlink(missing_ok=True)
+        Path(new).unlink(missing_ok=True)
 
 
 def _read(folder: Path) -> Iterator[Kind]:

@@ -44,6 +44,7 @@ from typing import Any
 
 from .config import Config, parse_extra
 from .errors import ConfigError, UnsupportedEngineError
+from .hicache.guard import harmless
 
 logger = logging.getLogger(__name__)
 
@@ -389,6 +390,7 @@ def _pass_prefix_keys(
     return (attachment, *rest), changed
 
 
+@harmless
 def _watch_the_policy(
     _: None, attachment: Any, *__: Any, storage_backend: Any = None, **___: Any
 ) -> None:
@@ -411,6 +413,7 @@ def _read_in_time(
         return original(controller, operation, *rest, **named)
 
 
+@harmless
 def _give_up(_: None, operation: Any, *__: Any, **___: Any) -> None:
     """On the scheduler's thread. Of another backend's operation there is nothing to end."""
     from .hicache import patience
@@ -418,6 +421,7 @@ def _give_up(_: None, operation: Any, *__: Any, **___: Any) -> None:
     patience.give_up(operation)
 
 
+@harmless
 def _note_the_speed(
     _: Any, batch: Any = None, prefill_stats: Any = None, *__: Any, **___: Any
 ) -> None:
@@ -430,6 +434,7 @@ def _note_the_speed(
     recompute.computed(prefill_stats.log_input_tokens, time.monotonic() - launched)
 
 
+@harmless
 def _tell_of_stored(_: None, controller: Any, operation: Any = None, *__: Any, **___: Any) -> None:
     """On the backup thread, which has just ended with this operation."""
     if getattr(controller, "storage_backend_type", None) != NAME or operation is None:
@@ -446,21 +451,38 @@ def _tell_of_restored(
     original: Callable[..., Any], cache: Any, operation: Any = None, *rest: Any, **named: Any
 ) -> Any:
     """The key of what was asked for is with the tree until this call, the operation's result after it."""
-    controller = getattr(cache, "cache_controller", None)
-    if getattr(controller, "storage_backend_type", None) != NAME or operation is None:
-        return original(cache, operation, *rest, **named)
-    from .hicache import events
-
-    asked = cache.ongoing_prefetch.get(operation.handle)
+    key = _key_of(cache, operation)
     done = original(cache, operation, *rest, **named)
-    key = None if asked is None else asked.prefetch_key
-    if key is not None and key.extra_key is key.cache_salt is None and not key.is_bigram:
-        pages = operation.hash_value[: operation.completed_tokens // cache.page_size]
-        parent = operation.last_hash
-        events.of_this_process.stored(pages, key.token_ids, cache.page_size, parent)
+    _tell(cache, operation, key)
     return done
 
 
+@harmless
+def _key_of(cache: Any, operation: Any) -> Any:
+    """What was asked for, where somebody is to be told of it."""
+    from .hicache import events
+
+    controller = getattr(cache, "cache_controller", None)
+    ours = getattr(controller, "storage_backend_type", None) == NAME
+    if not ours or operation is None or not events.of_this_process.wanted:
+        return None
+    asked = cache.ongoing_prefetch.get(operation.handle)
+    return None if asked is None else asked.prefetch_key
+
+
+@harmless
+def _tell(cache: Any, operation: Any, key: Any) -> None:
+    from .hicache import events
+
+    if key is None or key.extra_key is not None or key.cache_salt is not None or key.is_bigram:
+        return
+    pages = operation.hash_value[: operation.completed_tokens // cache.page_size]
+    trimmed = operation.prefetch_kv_page_offset  # pages at the head that the device had after all
+    parent = operation.all_hash_values[trimmed - 1] if trimmed else operation.last_hash
+    events.of_this_process.stored(pages, key.token_ids, cache.page_size, parent)
+
+
+@harmless
 def _add_events(taken: list[Any], *_: Any, **__: Any) -> list[Any]:
     """SGLang asks only where it publishes. Without the flag, or after a detach, little or nothing is added."""
     from .hicache import events

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +159,8 @@ def operation(pages: int) -> SimpleNamespace:
         prefix_keys=None,
         completed_tokens=pages * PAGE,
         last_hash=None,
+        prefetch_kv_page_offset=0,
+        all_hash_values=hashes(),
     )
 
 
@@ -197,3 +200,54 @@ def test_a_restored_prefix_is_told_unless_it_is_a_tenants(
     assert sglang_plugin._tell_of_restored(original, tree, operation(5)) == "done"
     found = [block for event in told.take([]) for block in event.block_hashes]
     assert found == blocks(hashes())[:told_of]
+
+
+def test_a_prefix_whose_head_the_device_had_goes_on_from_that(told: StoreEvents) -> None:
+    """SGLang cuts the head off the hashes and the key, and leaves the hash of what was before all of it."""
+    rest = {
+        "extra_key": None,
+        "cache_salt": None,
+        "is_bigram": False,
+        "token_ids": TOKENS[2 * PAGE :],
+    }
+    tree = SimpleNamespace(
+        cache_controller=SimpleNamespace(storage_backend_type=sglang_plugin.NAME),
+        ongoing_prefetch={"request": SimpleNamespace(prefetch_key=SimpleNamespace(**rest))},
+        page_size=PAGE,
+    )
+    trimmed = operation(3)
+    trimmed.hash_value, trimmed.prefetch_kv_page_offset = hashes()[2:], 2
+    sglang_plugin._tell_of_restored(lambda *_: None, tree, trimmed)
+    (event,) = told.take([])
+    assert event.block_hashes == blocks(hashes())[2:5]
+    assert event.parent_block_hash == blocks(hashes())[1]
+
+
+def test_nothing_is_worked_out_where_nobody_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be on the scheduler's thread, a page at a time."""
+    never_asked = StoreEvents()
+    monkeypatch.setattr(events, "_block", lambda _: pytest.fail("worked out"))
+    never_asked.stored(hashes(), TOKENS, PAGE, None)
+    never_asked.backed_up(hashes(), TOKENS, PAGE, [])
+    never_asked.lost(hashes())
+
+
+@pytest.mark.parametrize(
+    ("hook", "given"),
+    [
+        (sglang_plugin._tell_of_stored, (None, SimpleNamespace(storage_backend_type="lmcache"), 1)),
+        (sglang_plugin._tell, (None, None, SimpleNamespace(extra_key=None, cache_salt=None))),
+        (sglang_plugin._key_of, (SimpleNamespace(cache_controller=None), 1)),
+        (sglang_plugin._add_events, (1,)),
+        (sglang_plugin._give_up, (None, SimpleNamespace(lmcache_cancel="none"))),
+        (sglang_plugin._watch_the_policy, (None, None)),
+        (sglang_plugin._note_the_speed, (None, SimpleNamespace(launch_ts=1.0), None)),
+    ],
+)
+def test_a_hook_that_fails_leaves_sglang_alone(
+    hook: Any, given: tuple[Any, ...], told: StoreEvents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = threading.Event()
+    made.set()
+    monkeypatch.setattr(sglang_plugin, "_BACKEND_MADE", made)
+    assert hook(*given) is None

@@ -310,6 +310,36 @@ def test_what_others_begin_to_store_later_is_found(start: Start) -> None:
     assert one.backend.batch_exists(keys) == PAGES
 
 
+def test_pieces_are_looked_for_where_a_page_is_missing_and_no_further(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of 250,000 tokens that nobody stored must not cost a lookup of each page in each topology."""
+    monkeypatch.setattr("lmcache_sglang.hicache.backend.PIECES_AT_ONCE", 2)
+    keys = page_hashes(PAGES)
+    (one,) = start(Topology(1))
+    pair = start(Topology(2))
+    stored_by(pair, keys)
+    stored_by([one], keys[:1])
+    chain = one.backend._chain
+    asked: list[int] = []
+    holders = chain.holders
+
+    def counted(wanted: list[bytes]) -> Any:
+        asked.append(len(wanted))
+        return holders(wanted)
+
+    assert one.backend.batch_exists(keys) == PAGES  # it has looked around
+    monkeypatch.setattr(chain, "holders", counted)
+    assert one.backend.batch_exists(keys) == PAGES
+    assert asked == [PAGES, 2 * (PAGES - 1)]
+    asked.clear()
+    assert one.backend.batch_exists(page_hashes(50, seed="new")) == 0
+    assert asked == [50, 2 * 2]
+    asked.clear()
+    assert one.backend.batch_exists(keys[:1]) == 1
+    assert asked == [1]
+
+
 def test_others_are_not_looked_for_at_each_miss(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
