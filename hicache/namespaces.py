@@ -97,6 +97,7 @@ def _write(folder: Path, namespace: bytes, text: bytes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     handle, new = tempfile.mkstemp(dir=folder, prefix=f".{namespace.hex()}.")
     try:
+        os.fchmod(handle, 0o644)  # engines of other users may share the store
         with os.fdopen(handle, "wb") as record:
             record.write(text)
         Path(new).replace(file)
