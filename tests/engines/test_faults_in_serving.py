@@ -34,6 +34,7 @@ PROMPTS = [
 SHORT = {"sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}}
 ROOMY = ("--max-total-tokens", "16384")
 SMALL = ("--max-total-tokens", "2048", "--hicache-ratio", "1.2")
+IMPATIENT = ("--hicache-storage-prefetch-policy", "timeout")  # SGLang's default
 INJECTED = {
     "SGLANG_TEST_HICACHE_BACKEND_RANDOM_DELAY": "0.2",  # seconds at most, before each call
     "SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE": "0.3",  # of the calls
@@ -88,7 +89,7 @@ def test_requests_go_on_while_the_disk_hangs(model: Path, folder: Path) -> None:
     setup = Setup(
         folder / "hanging",
         cpu=0,
-        args=SMALL,
+        args=[*SMALL, *IMPATIENT],
         env=stall.env,
         more={"disk": {"queue_depth": 1}},
     )
@@ -118,7 +119,7 @@ def test_requests_go_on_while_the_disk_hangs(model: Path, folder: Path) -> None:
 def test_a_disk_that_hangs_below_memory_is_not_noticed(model: Path, folder: Path) -> None:
     """Only the keeper waits; what it did not write is written when the disk answers again."""
     stall = Stall(folder / "flush hangs", steps=("flush",))
-    setup = Setup(folder / "below memory", args=SMALL, env=stall.env)
+    setup = Setup(folder / "below memory", args=[*SMALL, *IMPATIENT], env=stall.env)
     with server(model, setup, folder / "below memory.log") as engine:
         with stall.held():
             before = answered(engine, STORED)
