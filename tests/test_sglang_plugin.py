@@ -463,7 +463,8 @@ READ = """
         operation.hash_value, operation.host_indices = ["00"] * 8, list(range(128))
         controller._page_transfer(operation)
         (limits,) = seen
-        result = [limits.seconds, limits is not NO_LIMITS and limits.cancel.is_set()]
+        left = None if limits.seconds is None else round(limits.seconds, 1)
+        result = [left, limits is not NO_LIMITS and limits.cancel.is_set()]
         """
 
 
