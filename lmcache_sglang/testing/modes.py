@@ -97,9 +97,14 @@ class Run:
         return sum(answer.storage for answer in self.warm.values())
 
     @property
+    def right(self) -> dict[str, list[int]]:
+        """The tokens of the cold engine."""
+        return {name: answer.tokens for name, answer in self.cold.items()}
+
+    @property
     def same(self) -> bool:
         """Whether both engines gave the same tokens."""
-        right = {name: answer.tokens for name, answer in self.cold.items()}
+        right = self.right
         return all(
             answer.tokens == right[name]
             for answers in (self.warm, self.later)
