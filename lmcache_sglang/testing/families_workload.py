@@ -16,7 +16,8 @@ from .tiny_families import WINDOW
 
 # Every prefix is worth a look-up, and the first request after a start waits for its own.
 EAGER = {"prefetch_threshold": 16}
-POOLS = ("--max-total-tokens", "1024", "--hicache-ratio", "2")
+# Only this store's flag turns HiCache on by itself.
+POOLS = ("--enable-hierarchical-cache", "--max-total-tokens", "1024", "--hicache-ratio", "2")
 WAIT = ("--hicache-storage-prefetch-policy", "wait_complete")
 RECURRENT = frozenset({"mamba", "conv"})
 # All that SGLang offers on CPU: no snapshots inside a prompt, hence pages of one token.

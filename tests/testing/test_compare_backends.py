@@ -10,7 +10,8 @@ import pytest
 from lmcache_sglang.testing import compare_backends
 from lmcache_sglang.testing.compare_backends import TABLES, Case, Table, fill, main
 from lmcache_sglang.testing.engine import Answer, Setup
-from lmcache_sglang.testing.families_workload import SERVICES, Cold, Run
+from lmcache_sglang.testing.families_workload import SERVICES, Cold, Run, Service
+from lmcache_sglang.testing.modes import MODES, Mode
 from lmcache_sglang.testing.modes import Run as ModeRun
 from lmcache_sglang.testing.tiny_families import FAMILIES
 
@@ -81,6 +82,12 @@ def test_a_mode_compares_all_prompts_with_the_cold_engine() -> None:
 def test_every_family_is_compared() -> None:
     assert {service.family for service in SERVICES} == set(FAMILIES)
     assert len({str(service) for service in SERVICES}) == len(SERVICES)
+
+
+@pytest.mark.parametrize("case", [*MODES, *SERVICES], ids=str)
+def test_hicache_is_on_without_the_flag_of_this_store(case: Mode | Service) -> None:
+    """SGLang does not turn it on for its own backends, which then restore nothing."""
+    assert "--enable-hierarchical-cache" in case.args
 
 
 @pytest.mark.parametrize("name", TABLES)
