@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from lmcache_sglang.testing.engine import (
     Setup,
     ask,
@@ -40,13 +42,17 @@ def test_a_restart_restores_both_halves_from_memory_and_from_the_disk(
         assert warm.tokens == cold.tokens
 
 
-def test_engines_of_one_rank_and_of_two_read_each_others_pages(model: Path, folder: Path) -> None:
-    """Both at once, on one store."""
-    one = Setup(folder / "shared", args=POOL)
-    two = Setup(folder / "shared", args=["--tp-size", "2", *POOL])
-    with server(model, one, folder / "one.log") as of_one:
+@pytest.mark.parametrize("parallel", ["tp", "pp"])
+def test_engines_of_one_rank_and_of_two_read_each_others_pages(
+    model: Path, folder: Path, parallel: str
+) -> None:
+    """Both at once, on one store: two ranks have half of the heads each, or half of the layers."""
+    store = folder / f"shared {parallel}"
+    one = Setup(store, args=POOL)
+    two = Setup(store, args=[f"--{parallel}-size", "2", *POOL])
+    with server(model, one, folder / f"{parallel} one.log") as of_one:
         first = ask(of_one, FIRST)
-        with server(model, two, folder / "two.log") as of_two:
+        with server(model, two, folder / f"{parallel} two.log") as of_two:
             from_whole = ask(of_two, FIRST)
             second = ask(of_two, SECOND)
             until(lambda: pages_in_memory(two) >= (len(FIRST) + 2 * len(SECOND)) // two.page_size)
