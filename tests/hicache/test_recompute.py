@@ -165,3 +165,31 @@ def _kv() -> Any:
     from sglang.srt.mem_cache.hicache_storage import PoolName
 
     return PoolName.KV
+
+
+def test_what_pays_is_cut_to_where_the_other_pools_can_stop(
+    make_pool: Any, backends: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window that ends after the first page or after the third, and two pages that are worth it."""
+    from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
+
+    kv, windows = make_pool(USUAL), make_pool(USUAL)
+    backend = backends.open(kv)
+    backend.register_mem_host_pool_v2(windows, PoolName.SWA)
+    keys = page_hashes(3)
+    backend.batch_set_v1(keys, indices(kv, [0, 1, 2]))
+    last = PoolTransfer(
+        PoolName.SWA,
+        host_indices=indices(windows, [0, 1]),
+        keys=[keys[0], keys[2]],
+        hit_policy=PoolHitPolicy.TRAILING_PAGES,
+    )
+    assert backend.batch_set_v2([last]) == {PoolName.SWA: [True, True]}
+    asked = PoolTransfer(PoolName.SWA, keys=["one"], hit_policy=PoolHitPolicy.TRAILING_PAGES)
+    assert backend.batch_exists_v2(keys, [asked]).restorable_prefix_pages == [1, 3]
+    backend._recompute = Recompute()
+    monkeypatch.setattr(backend._recompute, "pays", lambda *_: 2)
+    found = backend.batch_exists_v2(keys, [asked])
+    assert found.restorable_prefix_pages == [1]
+    assert found.kv_hit_pages == 1
+    assert found.extra_pool_hit_pages[PoolName.KV] == 3  # which is what is stored

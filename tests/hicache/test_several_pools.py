@@ -302,7 +302,6 @@ def test_stages_of_a_pipeline_share_no_page_of_a_model_with_several_pools(
 def test_the_addresses_of_a_state_are_inside_its_pool(make_pool: MakePool) -> None:
     pool = make_pool("mamba page_first")
     addresses, sizes = pool.get_page_buffer_meta(torch.tensor([1]))
-    pieces = [ctypes.string_at(at, size) for at, size in zip(addresses, sizes, strict=True)]
     fill(pool, 5)
     pieces = [ctypes.string_at(at, size) for at, size in zip(addresses, sizes, strict=True)]
     assert b"".join(pieces) == content(pool, 1)
