@@ -60,14 +60,14 @@ logger = logging.getLogger(__name__)
 PROVEN = frozenset({PoolName.KV, PoolName.SWA, PoolName.MAMBA})
 
 
+PIECES_AT_ONCE = 512  # pages that pieces are looked for of, before a gap ends it
+LOOK_EVERY_SECONDS = 1.0  # for what engines of other topologies store, while pages are missing
+
+
 def _nothing(
     _: LMCacheBackend, __: PoolName, page_hashes: list[str], /, *___: Any, **____: Any
 ) -> list[bool]:
     return [False] * len(page_hashes)
-
-
-PIECES_AT_ONCE = 512  # pages that pieces are looked for of, before a gap ends it
-LOOK_EVERY_SECONDS = 1.0  # for what engines of other topologies store, while pages are missing
 
 
 class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typed
@@ -135,9 +135,8 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
     def on_host_pools_registered(self) -> None:
         """SGLang has no more pools for now; before any page is moved."""
         self._is_complete = True
-        if (
-            len(self._pools) > 1
-        ):  # then the KV pool, registered first, counts layers on its own, too
+        # With several pools the KV pool, registered first, counts layers on its own, too.
+        if len(self._pools) > 1:
             with self._naming:
                 for pool in self._pools.values():
                     pool.is_of_stage(self._sharding)
@@ -263,9 +262,8 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
 
         And of those that are, in turn, the tier they come from: of pieces the lowest.
         """
-        if (
-            self._chain.hangs
-        ):  # SGLang reads on one thread: it would wait behind the read that hangs
+        # SGLang reads on one thread: a request would wait behind the read that hangs.
+        if self._chain.hangs:
             self._statistics.missed("reader.hangs", len(asked[0][1]))
             return [([False] * len(keys), []) for _, keys in asked]
         answers = self._look_up(asked)

@@ -93,10 +93,8 @@ def server(model: Path, setup: Setup, log: Path, *, python: str = sys.executable
     storage += ["--hicache-storage-backend-extra-config", setup.extra_config]
     common = ["--page-size", str(setup.page_size), "--served-model-name", "tiny"]
     common += ["--admin-api-key", ADMIN_KEY, "--enable-cache-report"]
-    common += [
-        "--hicache-storage-prefetch-policy",
-        "wait_complete",
-    ]  # others recompute on a busy machine
+    # The other policies recompute on a busy machine.
+    common += ["--hicache-storage-prefetch-policy", "wait_complete"]
     return SGLangServer(
         model,
         args=[*CPU_ARGS, *common, *(storage if setup.flag else []), *setup.args],
