@@ -16,9 +16,49 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ..storage.chain import Chain
+    from .stored_pool import Standing
     from .tiling import Cover, Piece
 
 STAGE_BYTES = 32 << 20  # of the pages that are put together at once
+
+
+def fill_gaps(
+    chain: Chain,
+    standing: Standing,
+    page_hashes: Sequence[bytes],
+    before: bytes,
+    into: PageSegments,
+    held: list[bool],
+    limits: Limits,
+) -> list[bool]:
+    """Put those pages together that are not stored whole, and that there are all pieces of.
+
+    Args:
+        page_hashes: one run of a chain.
+        before: the hash of the page before them.
+        held: which of them the engine's memory has already; and afterwards.
+    """
+    if not standing.tiling.covers:
+        return held
+    held, form = list(held), PageForm.of(standing.kind.page)
+    for cover in standing.tiling.covers:
+        for run in _gaps(held):
+            parent = page_hashes[run.start - 1] if run.start else before
+            chosen, places = page_hashes[run.start : run.stop], into.select(run)
+            held[run.start : run.stop] = assemble(
+                chain, cover, form, chosen, places, before=parent, limits=limits
+            )
+    return held
+
+
+def _gaps(held: Sequence[bool]) -> list[range]:
+    """The runs of pages that are missing."""
+    edges = [i for i in range(len(held) + 1) if _at(held, i) != _at(held, i - 1)]
+    return [range(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _at(held: Sequence[bool], i: int) -> bool:
+    return held[i] if 0 <= i < len(held) else True
 
 
 def assemble(

@@ -32,22 +32,21 @@ from sglang.srt.mem_cache.hicache_storage import (
 
 from ..storage.base import PAGE_HASH_BYTES, Stored
 from . import events, patience, restorable, weights
-from .assembly import assemble
-from .form import PageForm
+from .assembly import fill_gaps
 from .guard import guarded
 from .identity import ModelIdentity
+from .lookup import Found, look_up
 from .namespaces import Namespaces
 from .pools import HostPool, Sharding, logical_page_size
 from .statistics import Statistics, StoreMetrics
-from .stored_pool import Standing, StoredPool
+from .stored_pool import StoredPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo, PoolTransfer
 
-    from ..kernels.pages import PageSegments
-    from ..storage.base import Limits, Tier
+    from ..storage.base import Tier
     from ..storage.chain import Chain
     from .recompute import Recompute
     from .tiling import Tiling
@@ -60,7 +59,6 @@ logger = logging.getLogger(__name__)
 PROVEN = frozenset({PoolName.KV, PoolName.SWA, PoolName.MAMBA})
 
 
-PIECES_AT_ONCE = 512  # pages that pieces are looked for of, before a gap ends it
 LOOK_EVERY_SECONDS = 1.0  # for what engines of other topologies store, while pages are missing
 
 
@@ -242,10 +240,10 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         """How many of the first pages are stored, without a gap."""
         if self._anchor_is_logical:
             return len(keys)
-        ((here, tiers),) = self._here([(PoolName.KV, keys)])
-        found = restorable.all_pages(here).boundary
+        (kv,) = self._here([(PoolName.KV, keys)])
+        found = restorable.all_pages(kv.here).boundary
         events.of_this_process.lost(keys[found:])
-        return self._worth(tiers[:found], keys)
+        return self._worth(kv.tiers[:found], keys)
 
     def _worth(self, tiers: Sequence[Tier], keys: Sequence[str]) -> int:
         """How many of the first KV pages it pays to restore. Args: tiers: that have them."""
@@ -255,73 +253,26 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         rates = [self._chain.rates[tier.name] for tier in tiers]
         return self._recompute.pays(rates, pool.page_bytes, pool.page_size, bytes.fromhex(keys[-1]))
 
-    def _here(
-        self, asked: Sequence[tuple[PoolName, Sequence[str]]]
-    ) -> list[tuple[list[bool], list[Tier]]]:
-        """Which pages of each pool are stored, whole or in pieces that others stored.
-
-        And of those that are, in turn, the tier they come from: of pieces the lowest.
-        """
+    def _here(self, asked: Sequence[tuple[PoolName, Sequence[str]]]) -> list[Found]:
+        """Which pages of each pool are stored, whole or in pieces that others stored. The KV pool comes first."""
         # SGLang reads on one thread: a request would wait behind the read that hangs.
         if self._chain.hangs:
             self._statistics.missed("reader.hangs", len(asked[0][1]))
-            return [([False] * len(keys), []) for _, keys in asked]
+            return [Found([None] * len(keys)) for _, keys in asked]
         answers = self._look_up(asked)
-        if any(False in here for here, _ in answers) and self._look_around():
+        if any(None in found.holders for found in answers) and self._look_around():
             return self._look_up(asked)
         return answers
 
-    def _look_up(
-        self, asked: Sequence[tuple[PoolName, Sequence[str]]]
-    ) -> list[tuple[list[bool], list[Tier]]]:
-        """`_here`, for the kinds of page that are known: one lookup for all pools' own pages."""
+    def _look_up(self, asked: Sequence[tuple[PoolName, Sequence[str]]]) -> list[Found]:
+        """`_here`, for the kinds of page that are known."""
         wanted = [
             (pool.standing if (pool := self._pools.get(name)) else None, _raw(page_hashes))
             for name, page_hashes in asked
         ]
-        own = [
-            standing.namespace + page_hash
-            for standing, raw in wanted
-            if standing is not None
-            for page_hash in raw
-        ]
-        found = iter(self._chain.holders(own))
-        answers = []
-        for place, (standing, raw) in enumerate(wanted):
-            holders = [next(found) for _ in raw] if standing is not None else []
-            if standing is not None and None in holders:
-                self._look_for_pieces(standing, raw, holders, prefix=place == 0)
-            here = [holder is not None for holder in holders]
-            answers.append((here, [holder for holder in holders if holder is not None]))
-        return answers
-
-    def _look_for_pieces(
-        self, standing: Standing, raw: list[bytes], holders: list[Tier | None], *, prefix: bool
-    ) -> None:
-        """Fill in who has the pieces of pages that are not stored whole.
-
-        Args:
-            prefix: nothing behind a page that is missing is of use, as the first pool asked for is the KV's.
-        """
-        missing = [i for i, holder in enumerate(holders) if holder is None]
-        for start in range(0, len(missing) if standing.tiling.covers else 0, PIECES_AT_ONCE):
-            pages = missing[start : start + PIECES_AT_ONCE]
-            for cover in standing.tiling.covers:
-                keys = [piece.namespace + raw[i] for piece in cover for i in pages]
-                found = self._chain.holders(keys)
-                parts = [found[i :: len(pages)] for i in range(len(pages))]
-                self._statistics.missed("pieces.missing", sum(map(_partly, parts)))
-                for i, of_page in zip(pages, parts, strict=True):
-                    holders[i] = holders[i] or self._lowest(of_page)
-            if prefix and any(holders[i] is None for i in pages):
-                return
-
-    def _lowest(self, holders: Sequence[Tier | None]) -> Tier | None:
-        """The lowest tier that a page has a piece in; None if a piece is missing."""
-        there = {holder.name for holder in holders if holder is not None}
-        if None in holders:
-            return None
-        return next(tier for tier in reversed(self._chain.tiers) if tier.name in there)
+        found, partly = look_up(self._chain, wanted)
+        self._statistics.missed("pieces.missing", partly)
+        return found
 
     def exists(self, key: str) -> bool:
         return self.batch_exists([key]) == 1
@@ -339,16 +290,17 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         """
         transfers = pool_transfers or []
         asked = [(transfer.name, _asked_of(transfer, keys)) for transfer in transfers]
-        (here, tiers), *others = self._here([(PoolName.KV, keys), *asked])
-        usable = restorable.all_pages([True] * len(keys) if self._anchor_is_logical else here)
+        kv, *others = self._here([(PoolName.KV, keys), *asked])
+        usable = restorable.all_pages([True] * len(keys) if self._anchor_is_logical else kv.here)
         hits = {PoolName.KV: usable.boundary}
         worth = (
-            self._worth(tiers[: usable.boundary], keys)
+            self._worth(kv.tiers[: usable.boundary], keys)
             if not self._anchor_is_logical
             else len(keys)
         )
         allowed = frozenset(pages for pages in usable.prefixes if pages <= worth)
-        for transfer, (its, _) in zip(transfers, others, strict=True):
+        for transfer, found in zip(transfers, others, strict=True):
+            its = found.here
             allowed &= self._judge(transfer, its[: usable.boundary], its, hits)
         prefixes = sorted(allowed)
         events.of_this_process.lost(keys[usable.boundary :])
@@ -445,34 +397,12 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             held = self._chain.get(keys, into, parent=parent, limits=limits)
             if not all(held):
                 self._look_around()  # SGLang does not always ask first whether pages are here
-                held = self._put_together(pool.standing, raw, before, into, held, limits)
+                held = fill_gaps(self._chain, pool.standing, raw, before, into, held, limits)
             take(held)
         given_up = limits.cancel is not None and limits.cancel.is_set()
         if name == PoolName.KV and not all(held) and not given_up:
             events.of_this_process.lost([page_hashes[i] for i, came in enumerate(held) if not came])
         self._statistics.moved(read=True, pages=sum(held), size=pool.page_bytes, started=started)
-        return held
-
-    def _put_together(
-        self,
-        standing: Standing,
-        raw: Sequence[bytes],
-        before: bytes,
-        into: PageSegments,
-        held: list[bool],
-        limits: Limits,
-    ) -> list[bool]:
-        """Of the pages that are not stored whole, those that there are all pieces of."""
-        if not standing.tiling.covers:
-            return held
-        held, form = list(held), PageForm.of(standing.kind.page)
-        for cover in standing.tiling.covers:
-            for run in _gaps(held):
-                parent = raw[run.start - 1] if run.start else before
-                chosen, places = raw[run.start : run.stop], into.select(run)
-                held[run.start : run.stop] = assemble(
-                    self._chain, cover, form, chosen, places, before=parent, limits=limits
-                )
         return held
 
     @guarded(_nothing)
@@ -573,21 +503,6 @@ def _raw(page_hashes: Sequence[str]) -> list[bytes]:
     if any(len(page_hash) != PAGE_HASH_BYTES for page_hash in raw):
         raise ValueError("lmcache: a page hash is 64 hexadecimal digits")
     return raw
-
-
-def _partly(pieces: Sequence[Tier | None]) -> bool:
-    """Whether some of a page's pieces are here and others are not."""
-    return None in pieces and any(pieces)
-
-
-def _gaps(held: Sequence[bool]) -> list[range]:
-    """The runs of pages that are missing."""
-    edges = [i for i in range(len(held) + 1) if _at(held, i) != _at(held, i - 1)]
-    return [range(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def _at(held: Sequence[bool], i: int) -> bool:
-    return held[i] if 0 <= i < len(held) else True
 
 
 def _asked_of(transfer: PoolTransfer, keys: list[str]) -> list[str]:

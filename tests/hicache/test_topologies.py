@@ -314,7 +314,7 @@ def test_pieces_are_looked_for_where_a_page_is_missing_and_no_further(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt of 250,000 tokens that nobody stored must not cost a lookup of each page in each topology."""
-    monkeypatch.setattr("lmcache_sglang.hicache.backend.PIECES_AT_ONCE", 2)
+    monkeypatch.setattr("lmcache_sglang.hicache.lookup.PIECES_AT_ONCE", 2)
     keys = page_hashes(PAGES)
     (one,) = start(Topology(1))
     pair = start(Topology(2))
