@@ -1,0 +1,247 @@
+"""SGLang's own `UnifiedRadixCache` and `HybridCacheController`, with their threads and ranks, without a model.
+
+KV is written by hand into SGLang's device pools, backed up by its tree as soon as it is inserted, evicted
+everywhere, and must come back from the store bit by bit, to both of two ranks or to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcache_sglang.testing.rank_pools import Family
+from lmcache_sglang.testing.rank_processes import Nursery
+
+ENDS = (
+    6,
+    10,
+    16,
+)  # pages after which a turn of the conversation ends, and with it a node of the tree
+PAGES = ENDS[-1]
+POOLS = {"mha": ["kv"], "mla": ["kv"], "swa": ["kv", "swa"], "mamba": ["kv", "mamba"]}
+FAMILIES = list(POOLS)
+
+Store = dict[str, Any]
+Prompt = Callable[[int], list[int]]
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    if find_spec("sglang") is None:
+        pytest.skip("SGLang is not installed here")
+    with Nursery(tmp_path_factory.mktemp("nursery")) as warm:
+        yield warm
+
+
+@pytest.fixture
+def store(tmp_path: Path, shared_memory: Path) -> Store:
+    return {
+        "path": str(tmp_path / "store"),
+        "cpu": {"size": "16MiB", "path": str(shared_memory / "cpu")},
+        "disk": {"size": "32MiB"},
+    }
+
+
+def prompt(family: Family, pages: int = PAGES, first: int = 1000) -> list[int]:
+    return list(range(first, first + pages * family.page_size))
+
+
+def converse(ranks: Any, family: Family) -> None:
+    """Each turn is inserted when it ends, and backed up at once."""
+    known = [0, *ENDS]
+    for before, end in zip(known, ENDS, strict=False):
+        answers = ranks.call("write", prompt(family, end))
+        assert answers == [before * family.page_size] * family.ranks
+
+
+def whole(family: Family, pages: int, *, of_store: int | None = None) -> list[Any]:
+    """What `restore` returns where every rank has the pages, with all that was written of them."""
+    size = family.page_size
+    same = dict.fromkeys(POOLS[family.name], True)
+    return [[(pages if of_store is None else of_store) * size, pages * size, same]] * family.ranks
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_evicted_everywhere_comes_back_from_the_store(
+    name: str, page_size: int, nursery: Nursery, store: Store
+) -> None:
+    family = Family(name, page_size)
+    tokens = prompt(family)
+    with nursery.ranks(family, store) as ranks:
+        assert ranks.call("describe") == [
+            {
+                "tree": "UnifiedRadixCache",
+                "controller": "HybridCacheController",
+                "backend": "lmcache",
+                "policy": "write_through",
+                "pools": POOLS[name],
+                "running": [True] * 4,
+            }
+        ]
+        empty = ranks.call("free")
+        assert ranks.call("prefetch", tokens) == [0]
+        converse(ranks, family)
+        assert ranks.call("matched", tokens) == [[PAGES * page_size, 0]]
+        ranks.call("forget")
+        assert ranks.call("matched", tokens) == [[0, 0]]
+        assert ranks.call("free") == empty
+        assert ranks.call("restore", tokens) == whole(family, PAGES)
+    with nursery.ranks(family, store) as anew:
+        assert anew.call("restore", tokens) == whole(family, PAGES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_ranks_restore_each_its_own_part(name: str, nursery: Nursery, store: Store) -> None:
+    family = Family(name, 16, ranks=2)
+    tokens = prompt(family)
+    for first in (True, False):  # then processes that have nothing but the store
+        with nursery.ranks(family, store) as ranks:
+            if first:
+                converse(ranks, family)
+                ranks.call("forget")
+            assert ranks.call("restore", tokens) == whole(family, PAGES)
+
+
+def test_only_what_the_device_lacks_is_asked_of_the_store(nursery: Nursery, store: Store) -> None:
+    family = Family("mha", 16, ranks=2)
+    tokens, start = prompt(family), prompt(family, ENDS[0])
+    with nursery.ranks(family, store) as ranks:
+        converse(ranks, family)
+        ranks.call("forget")
+        assert ranks.call("restore", start) == whole(family, ENDS[0])
+        rest = PAGES - ENDS[0]
+        assert ranks.call("restore", tokens) == whole(family, PAGES, of_store=rest)
+
+
+def test_another_prompt_gets_the_pages_it_shares_and_no_others(
+    nursery: Nursery, store: Store
+) -> None:
+    family = Family("mha", 16)
+    with nursery.ranks(family, store) as ranks:
+        converse(ranks, family)
+        ranks.call("forget")
+        tokens = prompt(family, 9) + prompt(family, 4, first=9000)
+        assert ranks.call("restore", tokens) == whole(family, 9)
+        assert ranks.call("prefetch", prompt(family, first=9000)) == [0]
+
+
+@pytest.mark.parametrize("name", ["mha", "swa"])
+@pytest.mark.parametrize(("writing", "reading"), [(1, 2), (2, 1)])
+def test_ranks_of_another_engine_restore_what_they_hold_of_each_page(
+    writing: int, reading: int, name: str, nursery: Nursery, store: Store
+) -> None:
+    tokens = prompt(Family(name, 16))
+    for ranks_of_it in (writing, reading):
+        family = Family(name, 16, ranks=ranks_of_it)
+        with nursery.ranks(family, store) as ranks:
+            if ranks_of_it == writing:
+                converse(ranks, family)
+            else:
+                assert ranks.call("restore", tokens) == whole(family, PAGES)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hicache_mem_layout": "page_first_direct", "hicache_io_backend": "direct"},
+        {"hicache_mem_layout": "page_head"},
+        {"hicache_mem_layout": "layer_first"},  # which the plug-in makes page_first
+        {"hicache_storage_prefetch_policy": "timeout"},
+        {"hicache_write_policy": "write_back"},
+    ],
+    ids=lambda settings: "-".join(settings.values()),
+)
+def test_so_it_is_with_other_settings(
+    settings: dict[str, str], nursery: Nursery, store: Store
+) -> None:
+    family = Family("mha", 16, ranks=2)
+    tokens = prompt(family)
+    with nursery.ranks(family, store, **settings) as ranks:
+        converse(ranks, family)
+        ranks.call("forget")
+        assert ranks.call("matched", tokens) == [[0, 0]] * 2
+        assert ranks.call("restore", tokens) == whole(family, PAGES)
+
+
+# --- pages that only one rank has ---
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("name", ["mha", "swa"])
+def test_ranks_agree_on_the_shorter_prefix(
+    name: str, page_size: int, nursery: Nursery, store: Store
+) -> None:
+    """Each lacks another end of it, the second rank the longer one."""
+    family = Family(name, page_size, ranks=2)
+    tokens = prompt(family)
+    with nursery.ranks(family, store) as ranks:
+        converse(ranks, family)
+        ranks.call("forget")
+        empty = ranks.call("free")
+        ranks.only(0, "remove", "kv", tokens, list(range(14, PAGES)))
+        ranks.only(1, "remove", "kv", tokens, list(range(11, PAGES)))
+        assert ranks.call("restore", tokens) == whole(family, 11)
+        ranks.call("forget")
+        assert ranks.call("free") == empty
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking", "legal"),
+    [
+        # Rank 0 may stop at 6 and 10, rank 1 at 6 and 16: the shorter of their longest would be 10.
+        ("mamba", ([15], [9]), 6),
+        # Two pages of window: rank 0 may not stop at 16, rank 1 not at 14 and 15, where the shorter of
+        # their longest would be.
+        ("swa", ([15], [13]), 13),
+    ],
+)
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_ranks_agree_on_a_prefix_that_both_may_stop_at(
+    page_size: int,
+    name: str,
+    lacking: tuple[list[int], list[int]],
+    legal: int,
+    nursery: Nursery,
+    store: Store,
+) -> None:
+    family = Family(name, page_size, ranks=2)
+    tokens = prompt(family)
+    with nursery.ranks(family, store) as ranks:
+        converse(ranks, family)
+        ranks.call("forget")
+        empty = ranks.call("free")
+        for rank, pages in enumerate(lacking):
+            ranks.only(rank, "remove", name, tokens, pages)
+        assert ranks.call("restore", tokens) == whole(family, legal)
+        ranks.call("forget")
+        assert ranks.call("free") == empty
+
+
+def test_nothing_is_restored_where_ranks_may_stop_nowhere_together(
+    nursery: Nursery, store: Store
+) -> None:
+    family = Family("mamba", 16, ranks=2)
+    tokens = prompt(family)
+    with nursery.ranks(family, store) as ranks:
+        converse(ranks, family)
+        ranks.call("forget")
+        ranks.only(0, "remove", "mamba", tokens, [5, 9])
+        ranks.only(1, "remove", "mamba", tokens, [15])
+        assert ranks.call("prefetch", tokens) == [0, 0]
+        assert ranks.call("matched", tokens) == [[0, 0]] * 2
+
+
+def test_latent_pages_of_one_rank_serve_all(nursery: Nursery, store: Store) -> None:
+    """SGLang stores them from the first rank alone."""
+    family = Family("mla", 16, ranks=2)
+    tokens = prompt(family)
+    with nursery.ranks(family, store) as ranks:
+        converse(ranks, family)
+        ranks.call("forget")
+        ranks.only(1, "remove", "kv", tokens, [12])
+        assert ranks.call("restore", tokens) == whole(family, 12)
