@@ -158,20 +158,33 @@ class RankTree:
         """`prefetch`, then `load_back`."""
         return self.prefetch(tokens), *self.load_back(tokens)
 
-    def remove(self, pool: str, tokens: list[int], pages: Sequence[int]) -> int:
-        """Take pages of a prompt out of this rank's store; how many were there, in all tiers."""
-        from sglang.srt.mem_cache.utils import get_hash_str
+    def stored(self, pool: str, tokens: list[int]) -> list[bool]:
+        """Which pages of a prompt this rank finds in the store, whole and under its own name."""
+        found: list[bool] = self._backend._chain.exists(self._keys(pool, tokens))
+        return found
 
-        hashes = get_hash_str(tokens, page_size=self.family.page_size)
-        backend = self.cache.cache_controller.storage_backend
-        chain = backend._chain
+    def remove(self, pool: str, tokens: list[int], pages: Sequence[int]) -> None:
+        """Take pages of a prompt, which are there, out of this rank's store."""
+        chain, keys = self._backend._chain, self._keys(pool, tokens)
+        keys = [keys[page] for page in pages]
         assert chain.flush(FLUSH_SECONDS)
-        stored = next(kept for name, kept in backend.pools.items() if name.value == pool)
-        keys = [stored.namespace + bytes.fromhex(hashes[page]) for page in pages]
         assert all(chain.exists(keys))
-        removed = sum(tier.remove(keys) for tier in chain.tiers)
+        for tier in chain.tiers:
+            tier.remove(keys)
         assert not any(chain.exists(keys))
-        return int(removed)
+
+    def remove_when_found(self, pool: str, tokens: list[int], pages: Sequence[int]) -> None:
+        """`remove`, between the next lookup and its read."""
+        lookup = "batch_exists_v2" if len(self._backend.pools) > 1 else "batch_exists"
+        original = getattr(self._backend, lookup)
+
+        def find(*args: Any) -> Any:
+            answer = original(*args)
+            delattr(self._backend, lookup)  # this function: the class has the original
+            self.remove(pool, tokens, pages)
+            return answer
+
+        setattr(self._backend, lookup, find)
 
     def free(self) -> dict[str, int]:
         """Slots of each host pool that nobody holds."""
@@ -182,6 +195,18 @@ class RankTree:
         """Stop the storage threads and close the store. Raises: AssertionError, with SGLang's reason."""
         done, why = self.cache.detach_storage_backend()
         assert done, why
+
+    @property
+    def _backend(self) -> Any:
+        return self.cache.cache_controller.storage_backend
+
+    def _keys(self, pool: str, tokens: list[int]) -> list[bytes]:
+        """Of the pages of a prompt, in the tiers."""
+        from sglang.srt.mem_cache.utils import get_hash_str
+
+        hashes = get_hash_str(tokens, page_size=self.family.page_size)
+        stored = next(kept for name, kept in self._backend.pools.items() if name.value == pool)
+        return [stored.namespace + bytes.fromhex(each) for each in hashes]
 
     def _match(self, tokens: list[int], request: Any = None) -> Any:
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams

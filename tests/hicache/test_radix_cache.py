@@ -244,4 +244,36 @@ def test_latent_pages_of_one_rank_serve_all(nursery: Nursery, store: Store) -> N
         converse(ranks, family)
         ranks.call("forget")
         ranks.only(1, "remove", "kv", tokens, [12])
+        assert ranks.call("stored", "kv", tokens) == [[page != 12 for page in range(PAGES)]] * 2
         assert ranks.call("restore", tokens) == whole(family, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "pool", "page", "left"),
+    [
+        ("mha", "kv", 11, 11),
+        # SGLang gives up all of a prefix of which a window or a state is not whole in the end.
+        ("swa", "kv", 11, 0),
+        ("swa", "swa", 15, 0),
+        ("mamba", "mamba", 15, 0),
+    ],
+)
+def test_what_one_rank_loses_between_lookup_and_read_is_used_by_none(
+    name: str, pool: str, page: int, left: int, nursery: Nursery, store: Store
+) -> None:
+    family = Family(name, 16, ranks=2)
+    tokens = prompt(family)
+    with nursery.ranks(family, store) as ranks:
+        converse(ranks, family)
+        ranks.call("forget")
+        empty = ranks.call("free")
+        ranks.only(1, "remove_when_found", pool, tokens, [page])
+        assert ranks.call("prefetch", tokens) == [left * family.page_size] * 2
+        missing = [place != page for place in range(PAGES)]
+        if name != "mamba":  # whose states are at the ends of turns only
+            assert ranks.call("stored", pool, tokens) == [[True] * PAGES, missing]
+        assert ranks.call("matched", tokens) == [[0, left * family.page_size]] * 2
+        if left:
+            assert ranks.call("load_back", tokens) == [each[1:] for each in whole(family, left)]
+        ranks.call("forget")
+        assert ranks.call("free") == empty
