@@ -1,7 +1,7 @@
 """SGLang's own controller over this backend and over its file backend, with pools made by hand.
 
 What no engine on CPU has: an indexer, pools of draft models, DeepSeek V4's pages. The controller's own
-code decides what is asked, cut and called; its threads and groups of ranks are left out.
+code decides what is asked, cut and called; for its threads, groups of ranks and the tree see test_radix_cache.py.
 """
 
 from __future__ import annotations
