@@ -92,20 +92,19 @@ class Nursery:
         self._model.mkdir(exist_ok=True)
         (self._model / "config.json").write_text(json.dumps(CONFIG))
         (self._model / "model.bin").write_bytes(b"weights")
-        own = {VARIABLE: "1", "GLOO_SOCKET_IFNAME": "lo"}
+        # Put before the command, so that the rest of the environment is inherited unread.
+        own = ["env", f"{VARIABLE}=1", "GLOO_SOCKET_IFNAME=lo"]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", __name__, str(self._socket)],
-                env=os.environ | own,
+                [*own, sys.executable, "-W", "ignore", "-m", __name__, str(self._socket)],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.__exit__)
             self._wait_until_it_listens()
-        except BaseException:
-            self.__exit__()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
