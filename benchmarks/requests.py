@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
 import itertools
-import json
 import random
 import time
 from collections.abc import Iterator
@@ -12,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
-from urllib.parse import urlsplit
+
+from lmcache_sglang.testing.server import SGLangServer
 
 VOCABULARY = range(3, 500)  # of the tiny model, without its special tokens
 STREAMS = 3
 STREAM_PROMPT = 48  # tokens; too few for SGLang to ask a store
-TIMEOUT = 300.0
 
 
 @dataclass(frozen=True)
@@ -45,27 +43,17 @@ def tokens(seed: object, count: int) -> list[int]:
 
 
 def generate(
-    url: str, prompt: list[int], new_tokens: int
+    server: SGLangServer, prompt: list[int], new_tokens: int
 ) -> Iterator[tuple[float, dict[str, Any]]]:
     """Each message of a streamed answer, with the time at which it came."""
-    place = urlsplit(url)
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    body = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
-    connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=TIMEOUT)
-    try:
-        connection.request(
-            "POST", "/generate", json.dumps(body), {"Content-Type": "application/json"}
-        )
-        for line in connection.getresponse():
-            if line.startswith(b"data: {"):
-                yield time.perf_counter(), json.loads(line.removeprefix(b"data: "))
-    finally:
-        connection.close()
+    for said in server.stream("/generate", {"input_ids": prompt, "sampling_params": sampling}):
+        yield time.perf_counter(), said
 
 
-def ask(url: str, prompt: list[int], new_tokens: int) -> dict[str, Any]:
+def ask(server: SGLangServer, prompt: list[int], new_tokens: int) -> dict[str, Any]:
     """The last message's account of a request."""
-    *_, (_, last) = generate(url, prompt, new_tokens)
+    *_, (_, last) = generate(server, prompt, new_tokens)
     account: dict[str, Any] = last["meta_info"]
     return account
 
@@ -75,7 +63,7 @@ def restored(account: dict[str, Any]) -> int:
     return int((account.get("cached_tokens_details") or {}).get("storage", 0))
 
 
-def busy(url: str, mix: Mix, name: str, first: int) -> Heard:
+def busy(server: SGLangServer, mix: Mix, name: str, first: int) -> Heard:
     """Streams with prompts beside them: in turn one that was stored before, and one that is new.
 
     Args:
@@ -84,9 +72,9 @@ def busy(url: str, mix: Mix, name: str, first: int) -> Heard:
     """
     ended = Event()
     with ThreadPoolExecutor() as threads:
-        beside = threads.submit(_prompts, url, mix, name, first, ended)
+        beside = threads.submit(_prompts, server, mix, name, first, ended)
         streams = [
-            threads.submit(_stream, url, tokens((name, "stream", i), STREAM_PROMPT), mix)
+            threads.submit(_stream, server, tokens((name, "stream", i), STREAM_PROMPT), mix)
             for i in range(STREAMS)
         ]
         try:
@@ -97,12 +85,14 @@ def busy(url: str, mix: Mix, name: str, first: int) -> Heard:
     return Heard(gaps, sum(map(restored, accounts)), len(accounts))
 
 
-def _stream(url: str, prompt: list[int], mix: Mix) -> list[float]:
-    times = [when for when, _ in generate(url, prompt, mix.stream_tokens)]
+def _stream(server: SGLangServer, prompt: list[int], mix: Mix) -> list[float]:
+    times = [when for when, _ in generate(server, prompt, mix.stream_tokens)]
     return [after - before for before, after in itertools.pairwise(times)]
 
 
-def _prompts(url: str, mix: Mix, name: str, first: int, ended: Event) -> list[dict[str, Any]]:
+def _prompts(
+    server: SGLangServer, mix: Mix, name: str, first: int, ended: Event
+) -> list[dict[str, Any]]:
     start, asked = time.monotonic(), []
     with ThreadPoolExecutor() as threads:
         for number in itertools.count():
@@ -110,7 +100,7 @@ def _prompts(url: str, mix: Mix, name: str, first: int, ended: Event) -> list[di
                 break
             turn, again = divmod(number, 2)
             seed = (name, turn) if again else document(mix, first + turn)
-            asked.append(threads.submit(ask, url, tokens(seed, mix.prompt_tokens), 1))
+            asked.append(threads.submit(ask, server, tokens(seed, mix.prompt_tokens), 1))
         return [each.result() for each in asked]
 
 
@@ -119,12 +109,14 @@ def document(mix: Mix, number: int) -> tuple[str, int]:
     return ("document", number % mix.documents)
 
 
-def all_new(url: str, name: str, count: int, prompt_tokens: int, new_tokens: int) -> float:
+def all_new(
+    server: SGLangServer, name: str, count: int, prompt_tokens: int, new_tokens: int
+) -> float:
     """Seconds for prompts that nothing has seen before, four at a time."""
     prompts = [tokens((name, i), prompt_tokens) for i in range(count)]
     started = time.perf_counter()
     with ThreadPoolExecutor(4) as threads:
-        accounts = list(threads.map(lambda prompt: ask(url, prompt, new_tokens), prompts))
+        accounts = list(threads.map(lambda prompt: ask(server, prompt, new_tokens), prompts))
     seconds = time.perf_counter() - started
     if any(account["cached_tokens"] for account in accounts):
         raise RuntimeError("a prompt that should be new was in a cache")

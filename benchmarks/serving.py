@@ -108,7 +108,7 @@ def _start(stack: ExitStack, disk: Path, say: Say) -> list[Engine]:
         stack.callback(engine.resume)  # a stopped process does not hear that it is to end
         for number in range(MIX.documents):
             prompt = requests.tokens(requests.document(MIX, number), MIX.prompt_tokens)
-            requests.ask(engine.server.url, prompt, 1)
+            requests.ask(engine.server, prompt, 1)
         engine.pause()
         engines.append(engine)
         say(f"  {name} is up")
@@ -117,14 +117,14 @@ def _start(stack: ExitStack, disk: Path, say: Say) -> list[Engine]:
 
 def _round(engine: Engine, number: int) -> dict[tuple[str, str], float]:
     """By workload and metric."""
-    url, found = engine.server.url, dict[tuple[str, str], float]()
+    found = dict[tuple[str, str], float]()
     before = engine.cpu_seconds()
-    found[NO_REUSE, "seconds"] = requests.all_new(url, f"new {number}", *NEW)
+    found[NO_REUSE, "seconds"] = requests.all_new(engine.server, f"new {number}", *NEW)
     between = engine.cpu_seconds()
     found[NO_REUSE, "CPU seconds"] = between - before
     if engine.name == "off":
         return found
-    heard = requests.busy(url, MIX, f"busy {number}", first=number * MIX.documents // 2)
+    heard = requests.busy(engine.server, MIX, f"busy {number}", first=number * MIX.documents // 2)
     ordered = sorted(heard.gaps)
     found[BUSY, "CPU seconds"] = engine.cpu_seconds() - between
     found[BUSY, "median, ms"] = statistics.median(ordered) * 1e3

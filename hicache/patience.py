@@ -3,8 +3,8 @@
 SGLang reads a prefix in batches on one thread and looks between them whether the request still waits. Here a
 batch, too, begins nothing more once SGLang has given the prefix up, or has waited its whole budget for it:
 
-    timeout         SGLang's own budget, for all batches and pools of the prefix together:
-                    prefetch_timeout_base + tokens x prefetch_timeout_per_ki_token
+    timeout         SGLang's own budget, by SGLang's own clock, for all batches and pools of the prefix
+                    together: prefetch_timeout_base + tokens x prefetch_timeout_per_ki_token
     best_effort     until SGLang gives it up, when the request's turn comes
     wait_complete   as long as it takes
 
@@ -16,11 +16,11 @@ writes have no budget of SGLang's, and the tier's own limit.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from ..storage.base import NO_LIMITS, Cancel, Limits
 
@@ -28,30 +28,37 @@ from ..storage.base import NO_LIMITS, Cancel, Limits
 class Prefetch(Protocol):
     """What is used of SGLang's `PrefetchOperation`."""
 
-    hash_value: list[str]
+    handle: Any
+    hash_value: list[str]  # of the pages to read
+    stats_requested_tokens: int
 
     def is_terminated(self) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    cache: Any  # SGLang's tree; None where nobody watches it
+    operation: Prefetch
+    cancel: Cancel
+
+
 _CANCEL = "lmcache_cancel"  # attribute of an operation that is being read
 _here = threading.local()
-_caches: WeakKeyDictionary[Any, Any] = (
-    WeakKeyDictionary()
-)  # controller -> the tree that has its policy
+# Of each controller the tree that has its policy. The tree holds the controller, so neither is held here.
+_caches: WeakKeyDictionary[Any, ref[Any]] = WeakKeyDictionary()
 
 
 def current() -> Limits:
     """For the next call of the read that this thread is in."""
-    cancel: Cancel | None = getattr(_here, "cancel", None)
-    if cancel is None:
+    reading: _Reading | None = getattr(_here, "reading", None)
+    if reading is None:
         return NO_LIMITS
-    left = None if _here.until is None else max(0.0, _here.until - time.monotonic())
-    return Limits(left, cancel)
+    return Limits(left(reading.cache, reading.operation), reading.cancel)
 
 
 def watch(controller: Any, cache: Any) -> None:
     """From now on a controller's reads follow the policy of this tree. Both are SGLang's."""
-    _caches[controller] = cache
+    _caches[controller] = ref(cache)
 
 
 @contextmanager
@@ -61,13 +68,11 @@ def reading(controller: Any, operation: Prefetch) -> Iterator[None]:
     setattr(operation, _CANCEL, cancel)
     if operation.is_terminated():  # before there was anything to set
         cancel.set()
-    budget = seconds(_caches.get(controller), len(operation.hash_value))
-    _here.until = None if budget is None else time.monotonic() + budget
-    _here.cancel = cancel
+    _here.reading = _Reading(_policy_of(controller), operation, cancel)
     try:
         yield
     finally:
-        _here.cancel = None
+        _here.reading = None
 
 
 def give_up(operation: Prefetch) -> None:
@@ -77,12 +82,22 @@ def give_up(operation: Prefetch) -> None:
         cancel.set()
 
 
-def seconds(cache: Any, pages: int) -> float | None:
-    """SGLang's budget for a prefix of so many pages; None where its policy has none.
+def _policy_of(controller: Any) -> Any:
+    """The tree that has its policy; None where nobody watches it, or the tree is gone."""
+    cache = _caches.get(controller)
+    return None if cache is None else cache()
 
-    SGLang's clock starts when the request could first have run, ours when the read begins, so ours never ends
-    a read that SGLang still waits for.
+
+def left(cache: Any, operation: Prefetch) -> float | None:
+    """What is left of SGLang's budget for a prefix, in seconds; None where its policy has none.
+
+    The budget is by all that was asked for. SGLang's clock starts when the request is first held up, so before
+    that nothing is spent: a read for a request that is far back in the queue may take longer.
     """
     if getattr(cache, "prefetch_stop_policy", "") != "timeout":
         return None
+    wait = getattr(cache, "_storage_prefetch_wait", {}).get(operation.handle)
+    if wait is not None and wait.timer.running:
+        return max(0.0, float(wait.timeout_s - wait.timer.elapsed()))
+    pages = max(operation.stats_requested_tokens // cache.page_size, len(operation.hash_value))
     return float(cache.prefetch_timeout_base + pages * cache.prefetch_timeout_per_page)

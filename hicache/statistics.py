@@ -18,8 +18,9 @@ class StoreMetrics(StorageMetrics):  # type: ignore[misc]  # SGLang is not typed
     Attributes:
         reasons: says why pages were not restored or not stored, and how many times, since the backend was
             attached. ``"<tier>.<reason>"`` of a tier's failures; ``pieces.missing`` of pages that others stored
-            only a part of; ``recompute.faster`` of pages that were not worth reading; ``kinds.<why>`` of kinds of
-            page in the store that this engine cannot read.
+            only a part of; ``recompute.faster`` of pages that were not worth reading; ``reader.hangs`` of pages
+            asked for while a read is overdue; ``kinds.<why>`` of kinds of page in the store that this engine cannot
+            read; ``failed.<call>`` of calls that ended in a mistake of this package's own.
     """
 
     reasons: Callable[[], dict[str, int]] = field(default=dict, compare=False, repr=False)

@@ -69,21 +69,22 @@ def tiling(mine: Kind, others: Iterable[Kind]) -> Tiling:
         form = PageForm.of(mine.page)
     except Untileable as reason:
         return Tiling(apart=apart | {kind.namespace: str(reason) for kind in near})
-    pieces = [_piece(kind, apart) for kind in near]
-    usable = [
-        piece
-        for piece in pieces
-        if piece is not None and piece.form.runs == form.runs and _shares(piece.form, form)
-    ]
+    pieces = []
+    for kind in near:
+        try:
+            pieces.append(_piece(kind, form))
+        except Untileable as reason:
+            apart[kind.namespace] = str(reason)
+    usable = [piece for piece in pieces if _shares(piece.form, form)]
     return Tiling(_covers(form, usable, apart), apart)
 
 
-def _piece(kind: Kind, apart: dict[bytes, str]) -> Piece | None:
-    try:
-        return Piece(kind.namespace, PageForm.of(kind.page))
-    except Untileable as reason:
-        apart[kind.namespace] = str(reason)
-        return None
+def _piece(kind: Kind, mine: PageForm) -> Piece:
+    """Raises: Untileable."""
+    form = PageForm.of(kind.page)
+    if form.runs != mine.runs:
+        raise Untileable(f"rows of {form.runs} bytes, here {mine.runs}")
+    return Piece(kind.namespace, form)
 
 
 def _why_apart(mine: Kind, other: Kind) -> str:

@@ -280,6 +280,8 @@ def create_backend(storage_config: Any) -> Any:
     _load_page_hash()
     model = model_identity(storage_config.model_name)
     draft = draft_identity(model)
+    heads = kv_heads()
+    recompute = Recompute() if config.restore == "when-faster" and keeps_pages() else None
     chain = open_chain(config)  # last: nobody would close it
     _BACKEND_MADE.set()
     return LMCacheBackend(
@@ -289,8 +291,8 @@ def create_backend(storage_config: Any) -> Any:
         require_room,
         metrics=storage_config.enable_storage_metrics,
         draft=draft,
-        kv_heads=kv_heads(),
-        recompute=Recompute() if config.restore == "when-faster" and keeps_pages() else None,
+        kv_heads=heads,
+        recompute=recompute,
     )
 
 

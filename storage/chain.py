@@ -150,11 +150,6 @@ class Chain:
         """Whether a read has not come back in time: whoever reads on one thread waits behind it."""
         return any(self._overdue.values())
 
-    def prefix(self, keys: Sequence[bytes]) -> int:
-        """How many of the first pages are here without a gap."""
-        here = self.exists(keys)
-        return here.index(False) if False in here else len(here)
-
     def get(
         self,
         keys: Sequence[bytes],
@@ -212,7 +207,8 @@ class Chain:
     ) -> list[Lookup]:
         """`Tier.get`, and how long it took."""
         missed = [Lookup.MISS] * len(asked)
-        wait = (CALL_SECONDS if limits.seconds is None else limits.seconds) + GRACE_SECONDS
+        given = CALL_SECONDS if limits.seconds is None else min(limits.seconds, CALL_SECONDS)
+        wait = given + GRACE_SECONDS
         started = time.perf_counter()
         with self._overdue[tier.name].expected(wait):
             outcome = self._ask(tier, missed, tier.get, asked, places, limits)

@@ -414,7 +414,9 @@ def test_hashes_of_the_pages_before_are_passed_unless_the_user_says_no(
         from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
         from sglang.srt.mem_cache.unified_cache.storage_attachment import StorageAttachment
         class Controller: pass
-        cache = SimpleNamespace(enable_storage=True, page_size=16, cache_controller=Controller())
+        class Cache:
+            enable_storage, page_size, cache_controller = True, 16, Controller()
+        cache = Cache()
         attachment = StorageAttachment(cache)
         parsed = HybridCacheController.parse_storage_backend_extra_config({given!r})
         attachment.apply_runtime_config(
@@ -450,10 +452,10 @@ READ = """
             prefetch_sync_queue = __import__("queue").Queue()
             mem_pool_host = SimpleNamespace(layout_lease=__import__("contextlib").nullcontext)
         controller = Controller()
-        cache = SimpleNamespace(
-            enable_storage=True, page_size=16, cache_controller=controller,
-            prefetch_stop_policy="timeout",
-        )
+        class Cache:
+            enable_storage, page_size, cache_controller = True, 16, controller
+            prefetch_stop_policy, _storage_prefetch_wait = "timeout", {}
+        cache = Cache()
         StorageAttachment(cache).apply_runtime_config(
             storage_backend="{backend}", prefetch_threshold=256, prefetch_timeout_base=2.0,
             prefetch_timeout_per_ki_token=64.0, hicache_storage_pass_prefix_keys=False,

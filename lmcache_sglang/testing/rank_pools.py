@@ -123,14 +123,7 @@ def _mha(family: Family) -> DevicePools:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
     kv = MHATokenToKVPool(
-        size=family.tokens,
-        page_size=family.page_size,
-        dtype=DTYPE,
-        head_num=family.heads,
-        head_dim=HEAD_DIM,
-        layer_num=LAYERS,
-        device="cpu",
-        enable_memory_saver=False,
+        **_sizes(family), **_heads(family), layer_num=LAYERS, enable_memory_saver=False
     )
     return DevicePools(_requests(), _allocator(family, kv), kv)
 
@@ -139,13 +132,10 @@ def _mla(family: Family) -> DevicePools:
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
     kv = MLATokenToKVPool(
-        size=family.tokens,
-        page_size=family.page_size,
-        dtype=DTYPE,
+        **_sizes(family),
         kv_lora_rank=16,
         qk_rope_head_dim=8,
         layer_num=LAYERS,
-        device="cpu",
         enable_memory_saver=False,
     )
     return DevicePools(_requests(), _allocator(family, kv), kv)
@@ -156,24 +146,14 @@ def _swa(family: Family) -> DevicePools:
     from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
     kv = SWAKVPool(
-        size=family.tokens,
+        **_sizes(family),
+        **_heads(family),
         size_swa=family.tokens,
-        page_size=family.page_size,
-        dtype=DTYPE,
-        head_num=family.heads,
-        head_dim=HEAD_DIM,
         swa_attention_layer_ids=OTHER_LAYERS,
         full_attention_layer_ids=FULL_LAYERS,
-        device="cpu",
     )
     allocator = SWATokenToKVPoolAllocator(
-        size=family.tokens,
-        size_swa=family.tokens,
-        page_size=family.page_size,
-        dtype=DTYPE,
-        device="cpu",
-        kvcache=kv,
-        need_sort=False,
+        **_sizes(family), size_swa=family.tokens, kvcache=kv, need_sort=False
     )
     return DevicePools(_requests(), allocator, kv)
 
@@ -204,13 +184,9 @@ def _mamba(family: Family) -> DevicePools:
         speculative_num_draft_tokens=None,
     )
     kv = HybridLinearKVPool(
-        size=family.tokens,
-        dtype=DTYPE,
-        page_size=family.page_size,
-        head_num=family.heads,
-        head_dim=HEAD_DIM,
+        **_sizes(family),
+        **_heads(family),
         full_attention_layer_ids=FULL_LAYERS,
-        device="cpu",
         enable_memory_saver=False,
         mamba_pool=requests.mamba_pool,
     )
@@ -237,7 +213,21 @@ def _allocator(family: Family, kv: Any) -> Any:
     from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
-    own = {"dtype": DTYPE, "device": "cpu", "kvcache": kv, "need_sort": False}
-    if family.page_size == 1:
-        return TokenToKVPoolAllocator(size=family.tokens, **own)
-    return PagedTokenToKVPoolAllocator(size=family.tokens, page_size=family.page_size, **own)
+    sizes = _sizes(family)
+    if family.page_size > 1:
+        return PagedTokenToKVPoolAllocator(**sizes, kvcache=kv, need_sort=False)
+    del sizes["page_size"]
+    return TokenToKVPoolAllocator(**sizes, kvcache=kv, need_sort=False)
+
+
+def _sizes(family: Family) -> dict[str, Any]:
+    return {
+        "size": family.tokens,
+        "page_size": family.page_size,
+        "dtype": DTYPE,
+        "device": "cpu",
+    }
+
+
+def _heads(family: Family) -> dict[str, Any]:
+    return {"head_num": family.heads, "head_dim": HEAD_DIM}

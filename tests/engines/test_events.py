@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lmcache_sglang.testing.engine import (
     Answer,
     Setup,
     ask,
+    metrics,
     pages_in_memory,
     prompt,
     server,
@@ -173,8 +173,8 @@ def test_a_prefix_from_three_places_is_counted_where_it_came_from(
 
 def test_sglangs_metrics_count_the_pages_that_moved(engine: SGLangServer, setup: Setup) -> None:
     """Of all tests above: what was stored is in memory still, what was restored is 3 prefixes."""
-    until(lambda: _metrics(engine)["sglang:backup_pgs_sum"] == pages_in_memory(setup))
-    values = _metrics(engine)
+    until(lambda: metrics(engine)["sglang:backup_pgs_sum"] == pages_in_memory(setup))
+    values = metrics(engine)
     restored = whole_pages(FIRST) + whole_pages(prompt(7, 320)) + whole_pages(prompt(7, 640)) - 320
     assert values["sglang:prefetch_pgs_sum"] * PAGE_SIZE == restored
     assert values["sglang:prefetched_tokens_total"] == restored
@@ -194,13 +194,3 @@ def test_a_clear_takes_back_what_was_told_and_nothing_else(
     listener.hear()
     assert not listener.on_disk
     assert elsewhere == {m: blocks for m, blocks in listener.blocks.items() if m != "DISK"}
-
-
-def _metrics(engine: SGLangServer) -> dict[str, float]:
-    """Sums over all labels."""
-    values: dict[str, float] = defaultdict(float)
-    for line in engine.get("/metrics").splitlines():
-        if line and not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            values[name.partition("{")[0]] += float(value)
-    return values

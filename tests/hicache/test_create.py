@@ -103,16 +103,17 @@ def test_other_weights_under_the_same_path_miss(
         backend.close()
 
 
+@pytest.mark.parametrize("asked", ["model_identity", "draft_identity", "kv_heads", "keeps_pages"])
 def test_a_start_that_fails_leaves_the_store_free(
-    create: Create, monkeypatch: pytest.MonkeyPatch
+    asked: str, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """LMDB opens a file once in a process, so the next attempt to attach would fail, too."""
 
-    def unknown(served_name: str | None) -> None:
+    def unknown(*_: object) -> None:
         raise RuntimeError("no model")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lmcache_sglang.hicache.engine.model_identity", unknown)
+        patch.setattr(f"lmcache_sglang.hicache.engine.{asked}", unknown)
         with pytest.raises(RuntimeError, match="no model"):
             create()
     create()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -21,6 +22,8 @@ class Operation:
     pages: int = 8
     terminated: bool = False
     hash_value: list[str] = field(default_factory=list)
+    stats_requested_tokens: int = 0
+    handle: str = "request"
 
     def __post_init__(self) -> None:
         self.hash_value = page_hashes(self.pages)
@@ -36,6 +39,8 @@ class Cache:
     prefetch_stop_policy: str = "timeout"
     prefetch_timeout_base: float = 1.0
     prefetch_timeout_per_page: float = 0.25
+    page_size: int = 16
+    _storage_prefetch_wait: dict[str, Any] = field(default_factory=dict)
 
 
 class Controller:
@@ -69,17 +74,44 @@ def test_the_budget_is_that_of_the_policy(policy: str, seconds: float | None) ->
     assert left == (None if seconds is None else pytest.approx(seconds, abs=0.5))
 
 
-def test_the_budget_is_for_all_batches_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: now[0]))
+def test_the_budget_is_by_all_that_was_asked_for() -> None:
+    """SGLang waits so long, also where the store has less."""
     controller, cache = Controller(), Cache()
     patience.watch(controller, cache)
+    with patience.reading(controller, Operation(8, stats_requested_tokens=40 * 16)):
+        assert patience.current().seconds == 11.0
+
+
+@pytest.mark.usefixtures("sglang")
+def test_the_budget_is_spent_by_sglangs_clock_for_all_batches_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which starts when the request is first held up."""
+    from sglang.srt.mem_cache.unified_radix_cache import _StoragePrefetchWait
+    from sglang.srt.utils import poll_timer
+
+    now = [1000.0]
+    monkeypatch.setattr(poll_timer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    controller, cache = Controller(), Cache()
+    patience.watch(controller, cache)
+    left = []
     with patience.reading(controller, Operation(8)):
-        left = []
-        for _ in range(3):
-            left.append(patience.current().seconds)
+        for held_up in (False, True, True, True):
             now[0] += 2.0
-    assert left == [3.0, 1.0, 0.0]
+            if held_up and not cache._storage_prefetch_wait:
+                wait = _StoragePrefetchWait(timeout_s=3.0)
+                wait.timer.observe(ready=False)
+                cache._storage_prefetch_wait["request"] = wait
+            left.append(patience.current().seconds)
+    assert left == [3.0, 3.0, 1.0, 0.0]
+
+
+def test_a_tree_that_is_gone_has_no_policy() -> None:
+    controller = Controller()
+    patience.watch(controller, Cache())
+    gc.collect()
+    with patience.reading(controller, Operation()):
+        assert patience.current().seconds is None
 
 
 def test_a_policy_that_changes_while_serving_is_followed() -> None:

@@ -7,6 +7,7 @@ everywhere, and must come back from the store bit by bit, to both of two ranks o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,10 @@ from typing import Any
 import pytest
 
 from lmcache_sglang.testing.rank_pools import Family
-from lmcache_sglang.testing.rank_processes import Nursery
+from lmcache_sglang.testing.rank_processes import Nursery, Ranks
 
-ENDS = (
-    6,
-    10,
-    16,
-)  # pages after which a turn of the conversation ends, and with it a node of the tree
+# Pages after which a turn of the conversation ends, and with it a node of the tree.
+ENDS = (6, 10, 16)
 PAGES = ENDS[-1]
 POOLS = {"mha": ["kv"], "mla": ["kv"], "swa": ["kv", "swa"], "mamba": ["kv", "mamba"]}
 FAMILIES = list(POOLS)
@@ -56,6 +54,19 @@ def converse(ranks: Any, family: Family) -> None:
     for before, end in zip(known, ENDS, strict=False):
         answers = ranks.call("write", prompt(family, end))
         assert answers == [before * family.page_size] * family.ranks
+
+
+@contextmanager
+def evicted(nursery: Nursery, family: Family, store: Store, **settings: str) -> Iterator[Ranks]:
+    """Ranks whose conversation is in the store, and nowhere else. Of the host pools every slot is free at the end."""
+    with nursery.ranks(family, store, **settings) as ranks:
+        empty = ranks.call("free")
+        converse(ranks, family)
+        ranks.call("forget")
+        assert ranks.call("matched", prompt(family)) == [[0, 0]] * family.ranks
+        yield ranks
+        ranks.call("forget")
+        assert ranks.call("free") == empty
 
 
 def whole(family: Family, pages: int, *, of_store: int | None = None) -> list[Any]:
@@ -110,9 +121,7 @@ def test_two_ranks_restore_each_its_own_part(name: str, nursery: Nursery, store:
 def test_only_what_the_device_lacks_is_asked_of_the_store(nursery: Nursery, store: Store) -> None:
     family = Family("mha", 16, ranks=2)
     tokens, start = prompt(family), prompt(family, ENDS[0])
-    with nursery.ranks(family, store) as ranks:
-        converse(ranks, family)
-        ranks.call("forget")
+    with evicted(nursery, family, store) as ranks:
         assert ranks.call("restore", start) == whole(family, ENDS[0])
         rest = PAGES - ENDS[0]
         assert ranks.call("restore", tokens) == whole(family, PAGES, of_store=rest)
@@ -122,9 +131,7 @@ def test_another_prompt_gets_the_pages_it_shares_and_no_others(
     nursery: Nursery, store: Store
 ) -> None:
     family = Family("mha", 16)
-    with nursery.ranks(family, store) as ranks:
-        converse(ranks, family)
-        ranks.call("forget")
+    with evicted(nursery, family, store) as ranks:
         tokens = prompt(family, 9) + prompt(family, 4, first=9000)
         assert ranks.call("restore", tokens) == whole(family, 9)
         assert ranks.call("prefetch", prompt(family, first=9000)) == [0]
@@ -161,10 +168,7 @@ def test_so_it_is_with_other_settings(
 ) -> None:
     family = Family("mha", 16, ranks=2)
     tokens = prompt(family)
-    with nursery.ranks(family, store, **settings) as ranks:
-        converse(ranks, family)
-        ranks.call("forget")
-        assert ranks.call("matched", tokens) == [[0, 0]] * 2
+    with evicted(nursery, family, store, **settings) as ranks:
         assert ranks.call("restore", tokens) == whole(family, PAGES)
 
 
@@ -179,15 +183,10 @@ def test_ranks_agree_on_the_shorter_prefix(
     """Each lacks another end of it, the second rank the longer one."""
     family = Family(name, page_size, ranks=2)
     tokens = prompt(family)
-    with nursery.ranks(family, store) as ranks:
-        converse(ranks, family)
-        ranks.call("forget")
-        empty = ranks.call("free")
+    with evicted(nursery, family, store) as ranks:
         ranks.only(0, "remove", "kv", tokens, list(range(14, PAGES)))
         ranks.only(1, "remove", "kv", tokens, list(range(11, PAGES)))
         assert ranks.call("restore", tokens) == whole(family, 11)
-        ranks.call("forget")
-        assert ranks.call("free") == empty
 
 
 @pytest.mark.parametrize(
@@ -211,15 +210,10 @@ def test_ranks_agree_on_a_prefix_that_both_may_stop_at(
 ) -> None:
     family = Family(name, page_size, ranks=2)
     tokens = prompt(family)
-    with nursery.ranks(family, store) as ranks:
-        converse(ranks, family)
-        ranks.call("forget")
-        empty = ranks.call("free")
+    with evicted(nursery, family, store) as ranks:
         for rank, pages in enumerate(lacking):
             ranks.only(rank, "remove", name, tokens, pages)
         assert ranks.call("restore", tokens) == whole(family, legal)
-        ranks.call("forget")
-        assert ranks.call("free") == empty
 
 
 def test_nothing_is_restored_where_ranks_may_stop_nowhere_together(
@@ -227,9 +221,7 @@ def test_nothing_is_restored_where_ranks_may_stop_nowhere_together(
 ) -> None:
     family = Family("mamba", 16, ranks=2)
     tokens = prompt(family)
-    with nursery.ranks(family, store) as ranks:
-        converse(ranks, family)
-        ranks.call("forget")
+    with evicted(nursery, family, store) as ranks:
         ranks.only(0, "remove", "mamba", tokens, [5, 9])
         ranks.only(1, "remove", "mamba", tokens, [15])
         assert ranks.call("prefetch", tokens) == [0, 0]
@@ -240,9 +232,7 @@ def test_latent_pages_of_one_rank_serve_all(nursery: Nursery, store: Store) -> N
     """SGLang stores them from the first rank alone."""
     family = Family("mla", 16, ranks=2)
     tokens = prompt(family)
-    with nursery.ranks(family, store) as ranks:
-        converse(ranks, family)
-        ranks.call("forget")
+    with evicted(nursery, family, store) as ranks:
         ranks.only(1, "remove", "kv", tokens, [12])
         assert ranks.call("stored", "kv", tokens) == [[page != 12 for page in range(PAGES)]] * 2
         assert ranks.call("restore", tokens) == whole(family, 12)
@@ -263,10 +253,7 @@ def test_what_one_rank_loses_between_lookup_and_read_is_used_by_none(
 ) -> None:
     family = Family(name, 16, ranks=2)
     tokens = prompt(family)
-    with nursery.ranks(family, store) as ranks:
-        converse(ranks, family)
-        ranks.call("forget")
-        empty = ranks.call("free")
+    with evicted(nursery, family, store) as ranks:
         ranks.only(1, "remove_when_found", pool, tokens, [page])
         assert ranks.call("prefetch", tokens) == [left * family.page_size] * 2
         missing = [place != page for place in range(PAGES)]
@@ -275,5 +262,3 @@ def test_what_one_rank_loses_between_lookup_and_read_is_used_by_none(
         assert ranks.call("matched", tokens) == [[0, left * family.page_size]] * 2
         if left:
             assert ranks.call("load_back", tokens) == [each[1:] for each in whole(family, left)]
-        ranks.call("forget")
-        assert ranks.call("free") == empty

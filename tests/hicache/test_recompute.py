@@ -122,11 +122,10 @@ def test_small_batches_say_nothing_of_the_speed(monkeypatch: pytest.MonkeyPatch)
 def backend(make_pool: Any, backends: Any, clock: Clock) -> Any:
     made = backends.open(make_pool(USUAL), metrics=True)
     made.batch_set_v1(page_hashes(3), indices(made.mem_pool_host, [0, 1, 2]))
-    page_seconds = made.pools[_kv()].page_size / PREFILL
+    (kept,) = made.pools.values()
+    page_seconds = kept.page_size / PREFILL
     made._recompute = Recompute(rate(PREFILL, LEAST_TOKENS), clock)
-    made.tier_takes = lambda pages: rate(
-        made.pools[_kv()].page_bytes / (pages * page_seconds), LEAST_BYTES
-    )
+    made.tier_takes = lambda pages: rate(kept.page_bytes / (pages * page_seconds), LEAST_BYTES)
     return made
 
 
@@ -157,14 +156,8 @@ def test_a_lookup_finds_everything_where_the_setting_says_so(backend: Any) -> No
 def test_reads_are_measured_by_tier(backend: Any) -> None:
     pool = backend.mem_pool_host
     assert backend.batch_get_v1(page_hashes(3), indices(pool, [3, 4, 5])) == [True] * 3
-    assert backend._chain.rates["cpu"].seen == 3 * backend.pools[_kv()].page_bytes
+    assert backend._chain.rates["cpu"].seen == 3 * next(iter(backend.pools.values())).page_bytes
     assert backend._chain.rates["disk"].seen == 0
-
-
-def _kv() -> Any:
-    from sglang.srt.mem_cache.hicache_storage import PoolName
-
-    return PoolName.KV
 
 
 def test_what_pays_is_cut_to_where_the_other_pools_can_stop(

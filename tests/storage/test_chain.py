@@ -83,14 +83,13 @@ def test_pages_come_back_and_others_miss(some_tiers: TwoTiers) -> None:
         assert chain.faults.counts() == {}
 
 
-def test_prefix_ends_at_the_first_gap(some_tiers: TwoTiers) -> None:
+def test_a_gap_is_seen_where_it_is(some_tiers: TwoTiers) -> None:
     keys = some_keys(6)
     with closing(some_tiers.open()) as chain:
-        assert chain.prefix(keys) == 0
+        assert not any(chain.exists(keys))
         put(chain, keys[:3] + keys[4:])
-        assert chain.prefix(keys) == 3
-        assert chain.prefix(keys[:3]) == 3
-        assert chain.prefix([]) == 0
+        assert chain.exists(keys) == [True, True, True, False, True, True]
+        assert chain.exists([]) == []
 
 
 def test_what_was_put_outlives_close_and_reopen(some_tiers: TwoTiers) -> None:
