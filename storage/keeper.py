@@ -13,6 +13,7 @@ The lock is POSIX's, which belongs to the process: a child that it forked does n
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import logging
 import os
@@ -75,6 +76,9 @@ class Keeper:
         self._lock = _open_lock(self._tiers)
         self._thread = Thread(target=self._run, name="lmcache-keeper", daemon=True)
         self._thread.start()
+        # A program may end without closing its store. A thread that comes out of native code after the
+        # interpreter has ended takes the whole process with it (SIGABRT), and its exit status.
+        atexit.register(self.close)
 
     @property
     def alive(self) -> bool:
@@ -102,6 +106,7 @@ class Keeper:
 
     def close(self) -> None:
         """Stop after the group at hand; another process goes on. Idempotent."""
+        atexit.unregister(self.close)
         self._stop.set()
         try:
             with self._tiers[0].native() as store:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -404,3 +406,22 @@ def test_without_settings_the_environments_are_used(
     with Store() as store:
         assert [stats.name for stats in store.stats()] == ["disk"]
     assert (tmp_path / "store" / "region").is_file()
+
+
+def test_a_program_that_ends_without_closing_ends_as_it_says(
+    tmp_path: Path, shared_memory: Path
+) -> None:
+    """Its background thread must not outlive the interpreter: that ended it with SIGABRT."""
+    program = f"""
+import sys
+from lmcache_sglang import Config, Store
+from lmcache_sglang.storage.base import page_key
+cpu = {{"size": "16MiB", "path": {str(shared_memory / "unclosed")!r}}}
+store = Store(Config.of({{"path": {str(tmp_path / "unclosed")!r}, "cpu": cpu, "disk": {{"size": "32MiB"}}}}))
+store.put([page_key(bytes(16), bytes(32))], [bytes(4096)])
+sys.exit(3)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (3, "")
