@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Callable
-from threading import Lock
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-logger = logging.getLogger(__name__)
+from ..storage.seldom import Seldom
 
-LOG_EVERY_SECONDS = 60.0
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,8 +30,7 @@ class Counts(Protocol):
 S = TypeVar("S", bound=Counts)
 Call = Callable[Concatenate[S, P], T]
 
-_logged: dict[tuple[str, type[Exception]], float] = {}
-_lock = Lock()
+_seldom = Seldom()
 
 
 def guarded(nothing: Call[S, P, T]) -> Callable[[Call[S, P, T]], Call[S, P, T]]:
@@ -70,11 +67,8 @@ def harmless(hook: Callable[P, R]) -> Callable[P, R | None]:
 
 
 def _report(call: str, error: Exception) -> None:
-    kind, now = (call, type(error)), time.monotonic()
-    with _lock:
-        if now - _logged.get(kind, float("-inf")) < LOG_EVERY_SECONDS:
-            return
-        _logged[kind] = now
+    if not _seldom.due((call, type(error))):
+        return
     logger.error(
         "lmcache: %s failed, and nothing was done by it. Please report this", call, exc_info=error
     )

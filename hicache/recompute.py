@@ -13,11 +13,11 @@ taken for slow for good: by its hash, as all ranks must choose the same one for 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from threading import Lock
 
 from ..storage.rate import Rate
+from ..storage.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ LEAST_BYTES = 64 << 20  # read from a tier, before its rate is believed
 LEAST_BATCH = 64  # tokens of a batch that says something about the rate
 MARGIN = 1.25  # a restore must be expected to take so much longer before it is declined
 RETRY_ONE_IN = 16
-LOG_EVERY_SECONDS = 60.0
 
 _prefill = Rate()  # of this process, whatever store is attached
 
@@ -42,16 +41,12 @@ class Recompute:
 
     Args:
         prefill: tokens that this engine computes.
-        clock: seconds that only grow.
     """
 
-    def __init__(
-        self, prefill: Rate | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, prefill: Rate | None = None) -> None:
         self._prefill = prefill or _prefill
-        self._clock = clock
         self._lock = Lock()
-        self._logged = float("-inf")
+        self._seldom = Seldom()
         self.declined = 0  # pages
 
     def pays(self, tiers: Sequence[Rate], page_bytes: int, page_tokens: int, asked: bytes) -> int:
@@ -73,9 +68,8 @@ class Recompute:
     def _note(self, pages: int) -> None:
         with self._lock:
             self.declined += pages
-            if self._clock() - self._logged < LOG_EVERY_SECONDS:
-                return
-            self._logged = self._clock()
+        if not self._seldom.due("declined"):
+            return
         logger.info(
             "lmcache: %d pages are computed, which takes less than to read them (%d so far; "
             '"restore": "always" would read them)',

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from threading import Lock
 
 from ..errors import TierError
+from .seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
-LOG_EVERY_SECONDS = 60.0
-
 
 class Faults:
-    """Counts by (tier, what), each kind logged at most once in `LOG_EVERY_SECONDS`."""
+    """Counts by (tier, what), each kind logged seldom."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._logged: dict[tuple[str, str], tuple[float, int]] = {}
+        self._seldom = Seldom()
+        self._logged: Counter[tuple[str, str]] = (
+            Counter()
+        )  # how many there were at the last message
 
     def error(self, error: TierError) -> None:
         """A tier failed: its callers see misses."""
         self.record(error.tier, error.reason.value, error.detail)
 
     def record(self, tier: str, what: str, detail: str, count: int = 1) -> None:
-        kind, now = (tier, what), time.monotonic()
+        kind = (tier, what)
         with self._lock:
             self._counts[kind] += count
-            total = self._counts[kind]
-            at, before = self._logged.get(kind, (float("-inf"), 0))
-            if now - at < LOG_EVERY_SECONDS:
+            total, before = self._counts[kind], self._logged[kind]
+            if not self._seldom.due(kind):
                 return
-            self._logged[kind] = (now, total)
+            self._logged[kind] = total
         logger.warning(
             "lmcache: %s tier: %s: %s (%d since the last message, %d in all); served as misses",
             tier,

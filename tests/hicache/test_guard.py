@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lmcache_sglang.hicache import guard
+from lmcache_sglang.storage.seldom import Seldom
 from tests.hicache.test_backend import USUAL, indices, page_hashes
 
 
@@ -20,7 +21,7 @@ def broken(*_: Any, **__: Any) -> Any:
 
 @pytest.fixture
 def backend(make_pool: Any, backends: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(guard, "_logged", {})
+    monkeypatch.setattr(guard, "_seldom", Seldom())
     made = backends.open(make_pool(USUAL))
     for call in ("holders", "get", "store"):
         monkeypatch.setattr(made._chain, call, broken)

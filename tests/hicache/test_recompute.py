@@ -24,13 +24,6 @@ PAGE_BYTES = 8 << 20
 PREFILL = 6400.0  # tokens a second: 10 ms a page
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def rate(a_second: float, seen: float) -> Rate:
     made = Rate()
     made.add(seen, seen / a_second)
@@ -43,13 +36,8 @@ def tier(page_seconds: float, seen: float = LEAST_BYTES) -> Rate:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def engine(clock: Clock) -> Recompute:
-    return Recompute(rate(PREFILL, LEAST_TOKENS), clock)
+def engine() -> Recompute:
+    return Recompute(rate(PREFILL, LEAST_TOKENS))
 
 
 def pays(engine: Recompute, *tiers: Rate, asked: bytes = b"\1") -> int:
@@ -89,8 +77,8 @@ def test_nothing_is_nothing(engine: Recompute) -> None:
     assert pays(engine) == 0
 
 
-def test_nothing_is_declined_before_the_engine_computed_enough(clock: Clock) -> None:
-    engine = Recompute(rate(PREFILL, LEAST_TOKENS - 1), clock)
+def test_nothing_is_declined_before_the_engine_computed_enough() -> None:
+    engine = Recompute(rate(PREFILL, LEAST_TOKENS - 1))
     assert pays(engine, SLOW) == 1
 
 
@@ -98,9 +86,9 @@ def test_a_tier_is_slow_only_when_enough_was_read_from_it(engine: Recompute) -> 
     assert pays(engine, tier(0.02, LEAST_BYTES - 1)) == 1
 
 
-def test_a_slow_tier_is_tried_again_by_all_ranks_for_the_same_prefixes(clock: Clock) -> None:
+def test_a_slow_tier_is_tried_again_by_all_ranks_for_the_same_prefixes() -> None:
     """SGLang restores what all ranks want: one that tries alone measures nothing."""
-    ranks = [Recompute(rate(speed, LEAST_TOKENS), clock) for speed in (PREFILL, 1.1 * PREFILL)]
+    ranks = [Recompute(rate(speed, LEAST_TOKENS)) for speed in (PREFILL, 1.1 * PREFILL)]
     hashes = [hashlib.sha256(bytes([i])).digest() for i in range(200)]
     tried = [[pays(rank, SLOW, asked=each) for each in hashes] for rank in ranks]
     assert tried[0] == tried[1]
@@ -119,12 +107,12 @@ def test_small_batches_say_nothing_of_the_speed(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def backend(make_pool: Any, backends: Any, clock: Clock) -> Any:
+def backend(make_pool: Any, backends: Any) -> Any:
     made = backends.open(make_pool(USUAL), metrics=True)
     made.batch_set_v1(page_hashes(3), indices(made.mem_pool_host, [0, 1, 2]))
     (kept,) = made.pools.values()
     page_seconds = kept.page_size / PREFILL
-    made._recompute = Recompute(rate(PREFILL, LEAST_TOKENS), clock)
+    made._recompute = Recompute(rate(PREFILL, LEAST_TOKENS))
     made.tier_takes = lambda pages: rate(kept.page_bytes / (pages * page_seconds), LEAST_BYTES)
     return made
 

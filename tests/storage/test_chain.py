@@ -13,8 +13,8 @@ from typing import cast
 import pytest
 
 from lmcache_sglang.errors import Reason, TierError
-from lmcache_sglang.storage import faults as faults_module
 from lmcache_sglang.storage import keeper as keeper_module
+from lmcache_sglang.storage import seldom
 from lmcache_sglang.storage.admission import Admission, All, MinimumPrefix, SecondTouch
 from lmcache_sglang.storage.base import Below, Cancel, Limits, Lookup, Stored
 from lmcache_sglang.storage.breaker import FAILURES, MOST_SECONDS
@@ -574,12 +574,12 @@ def test_a_failing_tier_logs_one_line_a_minute(
         assert "disk tier: corrupt: a page's bytes did not match its checksum" in line
         assert "(1 since the last message, 1 in all)" in line
         caplog.clear()
-        monkeypatch.setattr(faults_module, "LOG_EVERY_SECONDS", 0.0)
+        monkeypatch.setattr(seldom, "EVERY_SECONDS", 0.0)
         read()
         (line,) = caplog.messages
         assert "(50 since the last message, 51 in all)" in line
         caplog.clear()
-        monkeypatch.setattr(faults_module, "LOG_EVERY_SECONDS", 60.0)
+        monkeypatch.setattr(seldom, "EVERY_SECONDS", 60.0)
         faulty.lower.failing = Reason.BUSY  # another kind has a line of its own
         faulty.get(some_keys(1))
         assert len(caplog.messages) == 1
