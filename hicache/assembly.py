@@ -79,7 +79,6 @@ def assemble(
         form: of the pages to make.
         page_hashes: one run of a chain.
         before: the hash of the page before it.
-        limits: of each read of a piece.
     """
     made: list[bool] = []
     for span in _groups(len(page_hashes), form.page_bytes):

@@ -42,6 +42,14 @@ class _Reading:
     cancel: Cancel
 
 
+# Where SGLang's tree keeps its policy.
+_OF_A_TREE = (
+    "prefetch_stop_policy",
+    "prefetch_timeout_base",
+    "prefetch_timeout_per_page",
+    "_storage_prefetch_wait",
+    "page_size",
+)
 _CANCEL = "lmcache_cancel"  # attribute of an operation that is being read
 _here = threading.local()
 # Of each controller the tree that has its policy. The tree holds the controller, so neither is held here.
@@ -53,11 +61,22 @@ def current() -> Limits:
     reading: _Reading | None = getattr(_here, "reading", None)
     if reading is None:
         return NO_LIMITS
-    return Limits(left(reading.cache, reading.operation), reading.cancel)
+    seconds = left(reading.cache, reading.operation)
+    return (
+        Limits(None, reading.cancel) if seconds is None else Limits.within(seconds, reading.cancel)
+    )
 
 
 def watch(controller: Any, cache: Any) -> None:
-    """From now on a controller's reads follow the policy of this tree. Both are SGLang's."""
+    """From now on a controller's reads follow the policy of this tree. Both are SGLang's.
+
+    Raises: AttributeError: another SGLang's tree, that keeps its policy elsewhere.
+    """
+    if missing := [name for name in _OF_A_TREE if not hasattr(cache, name)]:
+        raise AttributeError(
+            f"lmcache: SGLang's {type(cache).__name__} has no {', '.join(missing)}: reads do not follow its "
+            "prefetch policy, and take as long as a tier lets them"
+        )
     _caches[controller] = ref(cache)
 
 
@@ -94,9 +113,9 @@ def left(cache: Any, operation: Prefetch) -> float | None:
     The budget is by all that was asked for. SGLang's clock starts when the request is first held up, so before
     that nothing is spent: a read for a request that is far back in the queue may take longer.
     """
-    if getattr(cache, "prefetch_stop_policy", "") != "timeout":
+    if cache is None or cache.prefetch_stop_policy != "timeout":
         return None
-    wait = getattr(cache, "_storage_prefetch_wait", {}).get(operation.handle)
+    wait = cache._storage_prefetch_wait.get(operation.handle)
     if wait is not None and wait.timer.running:
         return max(0.0, float(wait.timeout_s - wait.timer.elapsed()))
     pages = max(operation.stats_requested_tokens // cache.page_size, len(operation.hash_value))

@@ -59,7 +59,7 @@ class Store:
         Args:
             keys: one run of a chain, in its order.
             parent: the key of the page before it.
-            limits: a deadline, and a way to cancel from another thread; of each tier's part.
+            limits: a deadline, and a way to cancel from another thread: `Limits.within(seconds)`.
         """
         segments = _segments(into, writable=True)
         return self._chain.get(keys, segments, parent=parent, limits=limits)

@@ -18,6 +18,7 @@ Obligations shared by every tier:
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,12 +98,21 @@ class Limits:
     """When a call begins no more work. What it has begun it ends: it moves the caller's memory.
 
     Attributes:
-        seconds: from the call on, where that is less than the tier's own; None means the tier's own.
+        until: by `time.monotonic`, for all tiers together; None: each tier's own limit.
         cancel: ends the call when another thread sets it.
     """
 
-    seconds: float | None = None
+    until: float | None = None
     cancel: Cancel | None = None
+
+    @classmethod
+    def within(cls, seconds: float, cancel: Cancel | None = None) -> Limits:
+        """So many seconds from now."""
+        return cls(time.monotonic() + seconds, cancel)
+
+    def left(self, own: float) -> float:
+        """Seconds from now, of the `own` ones of whoever works; 0 when time is up."""
+        return own if self.until is None else min(own, max(0.0, self.until - time.monotonic()))
 
 
 NO_LIMITS = Limits()

@@ -163,7 +163,6 @@ class Chain:
         Args:
             keys: one run of a chain.
             parent: the key of the page before them.
-            limits: of each tier's part.
         """
         if len(keys) != len(into):
             raise ValueError(f"{len(keys)} keys but {len(into)} pages")
@@ -207,8 +206,7 @@ class Chain:
     ) -> list[Lookup]:
         """`Tier.get`, and how long it took."""
         missed = [Lookup.MISS] * len(asked)
-        given = CALL_SECONDS if limits.seconds is None else min(limits.seconds, CALL_SECONDS)
-        wait = given + GRACE_SECONDS
+        wait = limits.left(CALL_SECONDS) + GRACE_SECONDS
         started = time.perf_counter()
         with self._overdue[tier.name].expected(wait):
             outcome = self._ask(tier, missed, tier.get, asked, places, limits)
@@ -286,7 +284,6 @@ class Chain:
             keys: one run of a chain.
             parent: the key of the page before them; empty when they begin it, or it is not known.
             position: of the first of them in the chain.
-            limits: of each part of the batch.
         """
         if len(keys) != len(pages):
             raise ValueError(f"{len(keys)} keys but {len(pages)} pages")

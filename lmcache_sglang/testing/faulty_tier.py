@@ -30,6 +30,7 @@ class FaultyTier(UpperTier):
         writes: while set, what becomes of each page of a `put`, which `inner` does not get.
         asked: how often each call came, by name.
         parents, below: that each `put` was told.
+        limits: that each `get` was given.
     """
 
     def __init__(self, inner: Tier, name: str | None = None) -> None:
@@ -43,6 +44,7 @@ class FaultyTier(UpperTier):
         self.asked: Counter[str] = Counter()
         self.parents: list[Sequence[bytes] | None] = []
         self.below: list[Below | None] = []
+        self.limits: list[Limits] = []
 
     def _asked(self, call: str) -> Tier:
         self.asked[call] += 1
@@ -61,6 +63,7 @@ class FaultyTier(UpperTier):
     def get(
         self, keys: Sequence[bytes], into: PageSegments, limits: Limits = NO_LIMITS
     ) -> list[Lookup]:
+        self.limits.append(limits)
         outcome = self._asked("get").get(keys, into, limits)
         instead = self.reads or Lookup.HIT
         return [instead if found is Lookup.HIT else found for found in outcome]

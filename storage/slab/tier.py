@@ -97,10 +97,6 @@ class SlabTier(UpperTier):
                 reason, detail = failure.args
                 raise TierError(self.name, Reason(reason), detail) from failure
 
-    def _seconds(self, limits: Limits) -> float:
-        own = self.settings.seconds
-        return own if limits.seconds is None else min(own, limits.seconds)
-
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
         with self.native() as store:
             return store.exists(list(keys))
@@ -109,7 +105,7 @@ class SlabTier(UpperTier):
         self, keys: Sequence[bytes], into: PageSegments, limits: Limits = NO_LIMITS
     ) -> list[Lookup]:
         require_equally_many(keys, into)
-        seconds = self._seconds(limits)
+        seconds = limits.left(self.settings.seconds)
         with self.native() as store:
             codes = store.get(
                 list(keys), into.addresses, into.sizes, into.per_page, seconds, limits.cancel
@@ -126,7 +122,7 @@ class SlabTier(UpperTier):
         below: Below | None = None,
     ) -> list[Stored]:
         require_equally_many(keys, pages, checksums, parents)
-        seconds = self._seconds(limits)
+        seconds = limits.left(self.settings.seconds)
         with self.native() as store:
             codes = store.put(
                 list(keys),

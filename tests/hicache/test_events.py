@@ -226,7 +226,7 @@ def test_a_prefix_whose_head_the_device_had_goes_on_from_that(told: StoreEvents)
 def test_nothing_is_worked_out_where_nobody_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be on the scheduler's thread, a page at a time."""
     never_asked = StoreEvents()
-    monkeypatch.setattr(events, "_block", lambda _: pytest.fail("worked out"))
+    monkeypatch.setattr(events, "_blocks", lambda _: pytest.fail("worked out"))
     never_asked.stored(hashes(), TOKENS, PAGE, None)
     never_asked.backed_up(hashes(), TOKENS, PAGE, [])
     never_asked.lost(hashes())

@@ -70,8 +70,10 @@ def test_the_budget_is_that_of_the_policy(policy: str, seconds: float | None) ->
     controller, cache = Controller(), Cache(policy)
     patience.watch(controller, cache)
     with patience.reading(controller, Operation(8)):
-        left = patience.current().seconds
-    assert left == (None if seconds is None else pytest.approx(seconds, abs=0.5))
+        left = patience.left(cache, Operation(8))
+        until = patience.current().until
+    assert left == seconds
+    assert (until is None) == (seconds is None)
 
 
 def test_the_budget_is_by_all_that_was_asked_for() -> None:
@@ -79,7 +81,8 @@ def test_the_budget_is_by_all_that_was_asked_for() -> None:
     controller, cache = Controller(), Cache()
     patience.watch(controller, cache)
     with patience.reading(controller, Operation(8, stats_requested_tokens=40 * 16)):
-        assert patience.current().seconds == 11.0
+        left = patience.current().left(own=60.0)
+    assert left == pytest.approx(11.0, abs=1.0)
 
 
 @pytest.mark.usefixtures("sglang")
@@ -95,15 +98,25 @@ def test_the_budget_is_spent_by_sglangs_clock_for_all_batches_together(
     controller, cache = Controller(), Cache()
     patience.watch(controller, cache)
     left = []
-    with patience.reading(controller, Operation(8)):
+    operation = Operation(8)
+    with patience.reading(controller, operation):
         for held_up in (False, True, True, True):
             now[0] += 2.0
             if held_up and not cache._storage_prefetch_wait:
                 wait = _StoragePrefetchWait(timeout_s=3.0)
                 wait.timer.observe(ready=False)
                 cache._storage_prefetch_wait["request"] = wait
-            left.append(patience.current().seconds)
+            left.append(patience.left(cache, operation))
     assert left == [3.0, 3.0, 1.0, 0.0]
+
+
+def test_a_tree_of_another_sglang_is_named_and_not_watched() -> None:
+    controller, cache = Controller(), Cache()
+    del cache._storage_prefetch_wait
+    with pytest.raises(AttributeError, match=r"Cache has no _storage_prefetch_wait"):
+        patience.watch(controller, cache)
+    with patience.reading(controller, Operation()):
+        assert patience.current().until is None
 
 
 def test_a_tree_that_is_gone_has_no_policy() -> None:
@@ -111,7 +124,7 @@ def test_a_tree_that_is_gone_has_no_policy() -> None:
     patience.watch(controller, Cache())
     gc.collect()
     with patience.reading(controller, Operation()):
-        assert patience.current().seconds is None
+        assert patience.current().until is None
 
 
 def test_a_policy_that_changes_while_serving_is_followed() -> None:
@@ -119,12 +132,12 @@ def test_a_policy_that_changes_while_serving_is_followed() -> None:
     patience.watch(controller, cache)
     cache.prefetch_stop_policy = "wait_complete"
     with patience.reading(controller, Operation()):
-        assert patience.current().seconds is None
+        assert patience.current().until is None
 
 
 def test_a_controller_that_nobody_watches_has_no_budget() -> None:
     with patience.reading(Controller(), Operation()):
-        assert patience.current().seconds is None
+        assert patience.current().until is None
 
 
 def test_what_is_given_up_before_it_is_read_is_not_read() -> None:

@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from threading import Thread
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
 from lmcache_sglang.errors import Reason, TierError
+from lmcache_sglang.storage import base, seldom
 from lmcache_sglang.storage import keeper as keeper_module
-from lmcache_sglang.storage import seldom
 from lmcache_sglang.storage.admission import Admission, All, MinimumPrefix, SecondTouch
-from lmcache_sglang.storage.base import Below, Cancel, Limits, Lookup, Stored
+from lmcache_sglang.storage.base import NO_LIMITS, Below, Cancel, Limits, Lookup, Stored
 from lmcache_sglang.storage.breaker import FAILURES, MOST_SECONDS
 from lmcache_sglang.storage.chain import Chain, Promotion
 from lmcache_sglang.storage.memory import MemoryTier
@@ -531,12 +532,34 @@ def test_a_callers_own_haste_is_no_failure_of_the_tier(faulty: Faulty) -> None:
     faulty.lower.reads = Lookup.LATE
     memory = EngineMemory.blank([PAGE] * 2)
     for _ in range(2 * FAILURES):
-        assert not any(faulty.chain.get(keys, memory.segments, limits=Limits(seconds=0.001)))
+        assert not any(faulty.chain.get(keys, memory.segments, limits=Limits.within(0.001)))
     assert faulty.lower.asked["get"] == 2 * FAILURES
     faulty.lower.reads = Lookup.FAILED  # but this one is
     for _ in range(2 * FAILURES):
-        assert not any(faulty.chain.get(keys, memory.segments, limits=Limits(seconds=0.001)))
+        assert not any(faulty.chain.get(keys, memory.segments, limits=Limits.within(0.001)))
     assert faulty.lower.asked["get"] == 3 * FAILURES
+
+
+def test_a_call_has_one_deadline_for_all_tiers(faulty: Faulty) -> None:
+    keys = some_keys(2)
+    faulty.put_below(keys)
+    memory = EngineMemory.blank([PAGE] * 2)
+    limits = Limits.within(60.0)
+    assert all(faulty.chain.get(keys, memory.segments, limits=limits))
+    assert faulty.upper.limits == faulty.lower.limits == [limits]
+
+
+def test_time_runs_from_when_the_limits_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(base, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    limits = Limits.within(3.0)
+    assert NO_LIMITS.left(own=10.0) == 10.0
+    assert limits.left(own=10.0) == 3.0
+    assert limits.left(own=1.0) == 1.0
+    now[0] += 2.0
+    assert limits.left(own=10.0) == 1.0
+    now[0] += 2.0
+    assert limits.left(own=10.0) == 0.0
 
 
 def test_misses_are_no_failures(faulty: Faulty) -> None:
@@ -751,7 +774,7 @@ def test_a_tier_that_delivers_nothing_in_a_fair_time_has_failed_whoever_hurries(
     cancel = Cancel()
     cancel.set()
     for _ in range(2 * FAILURES):
-        limits = Limits(seconds=1.0, cancel=cancel)
+        limits = Limits.within(1.0, cancel)
         assert not any(faulty.chain.get(keys, memory.segments, limits=limits))
     assert faulty.lower.asked["get"] == FAILURES
     assert faulty.chain.exists(keys) == [False, False]
@@ -766,7 +789,7 @@ def test_haste_does_not_heal_a_tier_that_fails(faulty: Faulty) -> None:
         faulty.lower.reads = Lookup.FAILED
         assert not any(faulty.chain.get(keys, memory.segments))
         faulty.lower.reads = Lookup.LATE
-        assert not any(faulty.chain.get(keys, memory.segments, limits=Limits(seconds=0.001)))
+        assert not any(faulty.chain.get(keys, memory.segments, limits=Limits.within(0.001)))
     asked = faulty.lower.asked["get"]
     assert not any(faulty.chain.get(keys, memory.segments))
     assert faulty.lower.asked["get"] == asked

@@ -73,7 +73,7 @@ def test_a_tier_whose_read_hangs_is_left_alone_until_it_answers(
     into = PageSegments.of_buffers([page], writable=True)
     held: list[bool] = []
     stuck = threading.Thread(
-        target=lambda: held.extend(chain.get([KEY], into, limits=Limits(seconds=0.0)))
+        target=lambda: held.extend(chain.get([KEY], into, limits=Limits.within(0.0)))
     )
     stuck.start()
     assert tier.reading.wait(WAIT_SECONDS)

@@ -35,7 +35,7 @@ def pages(count: int, namespace: bytes = LIMITED, start: int = 0) -> list[bytes]
 def write_apart(tier: SlabTier, keys: list[bytes]) -> list[Stored]:
     """Pages that have nothing to do with each other."""
     memory = EngineMemory([bytes_of(key, PAGE) for key in keys])
-    return tier.put(keys, memory.segments, None, [b""] * len(keys), Limits(seconds=0.3))
+    return tier.put(keys, memory.segments, None, [b""] * len(keys), Limits.within(0.3))
 
 
 def test_pages_that_were_read_outlive_those_that_were_not(tier: SlabTier) -> None:

@@ -43,7 +43,7 @@ def put(tier: SlabTier, numbers: range, size: int, below: Below | None = None) -
     keys = [a_key(number) for number in numbers]
     memory = EngineMemory([bytes_of(key, size) for key in keys])
     alone = [b""] * len(keys)
-    return tier.put(keys, memory.segments, None, alone, Limits(seconds=SOON), below)
+    return tier.put(keys, memory.segments, None, alone, Limits.within(SOON), below)
 
 
 def spill(upper: SlabTier, lower: SlabTier) -> dict[str, int]:
