@@ -4,7 +4,8 @@ SGLang reads a prefix in batches on one thread and looks between them whether th
 batch, too, begins nothing more once SGLang has given the prefix up, or has waited its whole budget for it:
 
     timeout         SGLang's own budget, by SGLang's own clock, for all batches and pools of the prefix
-                    together: prefetch_timeout_base + tokens x prefetch_timeout_per_ki_token
+                    together: prefetch_timeout_base + tokens x prefetch_timeout_per_ki_token;
+                    none for what is read once the KV is there, which SGLang waits for
     best_effort     until SGLang gives it up, when the request's turn comes
     wait_complete   as long as it takes
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -37,7 +38,7 @@ class Prefetch(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    cache: Any  # SGLang's tree; None where nobody watches it
+    cache: Any  # SGLang's tree, while its budget counts; None where nobody watches it
     operation: Prefetch
     cancel: Cancel
 
@@ -92,6 +93,16 @@ def reading(controller: Any, operation: Prefetch) -> Iterator[None]:
         yield
     finally:
         _here.reading = None
+
+
+def kv_is_here() -> None:
+    """Of the read that this thread is in: what is left of it (a window, a state) has no budget any more.
+
+    Without it the KV is of no use, so SGLang does not let its own run out then either.
+    """
+    reading: _Reading | None = getattr(_here, "reading", None)
+    if reading is not None:
+        _here.reading = replace(reading, cache=None)
 
 
 def give_up(operation: Prefetch) -> None:

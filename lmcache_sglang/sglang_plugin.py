@@ -18,6 +18,7 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     StorageAttachment.apply_runtime_config          batches come with the hashes of the pages before; reads
                                                     follow the prefetch policy
     HybridCacheController._page_transfer_with_…     and so does each call within a read
+    HybridCacheController._page_transfer_sidecar    but for what follows the KV, which SGLang waits for
     PrefetchOperation.mark_terminate                ends the call that a read is in
     SchedulerMetricsReporter.report_prefill_stats   how fast this engine computes
     HybridCacheController._page_backup              what was stored is told to who listens to KV events,
@@ -78,6 +79,7 @@ _PARSE = f"{_HYBRID}.parse_storage_backend_extra_config"
 _ATTACHMENT = "sglang.srt.mem_cache.unified_cache.storage_attachment.StorageAttachment"
 _APPLY = f"{_ATTACHMENT}.apply_runtime_config"
 _TRANSFER = f"{_HYBRID}._page_transfer_with_stable_layout"
+_SIDECARS = f"{_HYBRID}._page_transfer_sidecar"
 _OPERATION = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.PrefetchOperation"
 _TERMINATE = f"{_OPERATION}.mark_terminate"
 _REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter"
@@ -110,6 +112,7 @@ SEAMS = (
     _PARSE,
     _APPLY,
     _TRANSFER,
+    _SIDECARS,
     _TERMINATE,
     f"{_OPERATION}.is_terminated",
     _PREFILLED,
@@ -159,6 +162,7 @@ def activate() -> None:
     HookRegistry.register(_APPLY, _pass_prefix_keys, HookType.BEFORE)
     HookRegistry.register(_APPLY, _watch_the_policy, HookType.AFTER)
     HookRegistry.register(_TRANSFER, _read_in_time, HookType.AROUND)
+    HookRegistry.register(_SIDECARS, _wait_for_sidecars, HookType.BEFORE)
     HookRegistry.register(_TERMINATE, _give_up, HookType.AFTER)
     HookRegistry.register(_PREFILLED, _note_the_speed, HookType.BEFORE)
     HookRegistry.register(_PAGE_BACKUP, _tell_of_stored, HookType.AFTER)
@@ -413,6 +417,15 @@ def _read_in_time(
 
     with patience.reading(controller, operation):
         return original(controller, operation, *rest, **named)
+
+
+@harmless
+def _wait_for_sidecars(controller: Any, *_: Any, **__: Any) -> None:
+    """SGLang calls this when the KV has come, on the thread that reads; where it has not, nothing is read."""
+    if getattr(controller, "storage_backend_type", None) == NAME:
+        from .hicache import patience
+
+        patience.kv_is_here()
 
 
 @harmless

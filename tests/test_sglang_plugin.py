@@ -438,16 +438,24 @@ READ = """
             HybridCacheController, PrefetchOperation,
         )
         from sglang.srt.mem_cache.unified_cache.storage_attachment import StorageAttachment
+        from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
         from lmcache_sglang.hicache import patience
-        from lmcache_sglang.storage.base import NO_LIMITS
         seen = []
+        def look():
+            limits = patience.current()
+            seen.append(round(limits.left(own=1000.0)))
+            cancels.append(limits.cancel)
+        cancels = []
         class Controller(HybridCacheController):
             storage_backend_type = "{backend}"
             def __init__(self): pass
             def _page_transfer_kv_batch(self, operation, *_):
-                seen.append(patience.current())
-                operation.mark_terminate()
+                look()
+                {then}
                 return 8
+            def _sync_trailing_keys(self, *_): pass
+            def _resolve_sidecar_nonkv_derived_pool_transfers(self, _): pass
+            storage_backend = SimpleNamespace(batch_get_v2=lambda *_, **__: look() or {})
             page_size = 16
             prefetch_sync_queue = __import__("queue").Queue()
             mem_pool_host = SimpleNamespace(layout_lease=__import__("contextlib").nullcontext)
@@ -463,20 +471,35 @@ READ = """
         )
         operation = PrefetchOperation(CacheRequestHandle("r", 0), [], None)
         operation.hash_value, operation.host_indices = ["00"] * 8, list(range(128))
+        operation.pool_transfers = [PoolTransfer(PoolName.MAMBA, keys=["00"])]
         controller._page_transfer(operation)
-        (limits,) = seen
-        left = None if limits.seconds is None else round(limits.seconds, 1)
-        result = [left, limits is not NO_LIMITS and limits.cancel.is_set()]
+        result = [seen, [cancel is not None and cancel.is_set() for cancel in cancels]]
         """
 
 
+def a_read(backend: str, then: str) -> str:
+    """A read of KV and a state through SGLang's own controller, 8 pages of 16 tokens, with a budget of 2 s and 64 s
+    a Ki-token; what is left of it at each call of the backend, and whether that is given up."""
+    return READ.replace("{backend}", backend).replace("{then}", then)
+
+
 @needs_sglang
-@pytest.mark.parametrize(("backend", "wanted"), [(NAME, [10.0, True]), ("file", [None, False])])
+@pytest.mark.parametrize(
+    ("backend", "wanted"), [(NAME, [[10], [True]]), ("file", [[1000], [False]])]
+)
 def test_a_read_has_sglangs_budget_and_ends_when_sglang_gives_it_up(
     backend: str, wanted: list[object], scenario: Scenario
 ) -> None:
-    """Through SGLang's own controller and operation: 2 s and 64 s a Ki-token, 8 pages of 16 tokens."""
-    assert scenario(READ.replace("{backend}", backend)).result == wanted
+    assert scenario(a_read(backend, "operation.mark_terminate()")).result == wanted
+
+
+@needs_sglang
+@pytest.mark.parametrize(("backend", "left"), [(NAME, [10, 1000]), ("file", [1000, 1000])])
+def test_a_state_is_waited_for_once_the_kv_is_there(
+    backend: str, left: list[int], scenario: Scenario
+) -> None:
+    """As SGLang itself waits: without it the KV is of no use."""
+    assert scenario(a_read(backend, "pass")).result == [left, [False, False]]
 
 
 @needs_sglang

@@ -110,6 +110,28 @@ def test_the_budget_is_spent_by_sglangs_clock_for_all_batches_together(
     assert left == [3.0, 3.0, 1.0, 0.0]
 
 
+def test_what_follows_the_kv_has_no_budget_but_can_be_given_up() -> None:
+    """SGLang waits for it: KV without the state that goes with it is of no use."""
+    controller, cache = (
+        Controller(),
+        Cache(prefetch_timeout_base=0.0, prefetch_timeout_per_page=0.0),
+    )
+    patience.watch(controller, cache)
+    operation = Operation()
+    with patience.reading(controller, operation):
+        assert patience.current().left(own=60.0) == 0.0
+        patience.kv_is_here()
+        assert patience.current().left(own=60.0) == 60.0
+        patience.give_up(operation)
+        cancel = patience.current().cancel
+        assert cancel is not None
+        assert cancel.is_set()
+    with patience.reading(controller, Operation()):
+        assert patience.current().left(own=60.0) == 0.0
+    patience.kv_is_here()  # outside of a read there is nothing to do
+    assert patience.current() is NO_LIMITS
+
+
 def test_a_tree_of_another_sglang_is_named_and_not_watched() -> None:
     controller, cache = Controller(), Cache()
     del cache._storage_prefetch_wait
