@@ -123,11 +123,11 @@ def _read(
 def _deliver(
     hashes: Sequence[bytes], records: torch.Tensor, rows: list[int], into: PageSegments
 ) -> list[bool]:
-    if rows:
-        ours = [hashes[row] for row in rows]
-        buffers = [_buffer(records[row]) for row in rows]
-        scatter(ours, buffers, checksums(ours, buffers), into.select(rows))
-    made = set(rows)
+    """Put the records of these rows into the engine's memory; of each page whether it is there now."""
+    ours = [hashes[row] for row in rows]
+    buffers = [_buffer(records[row]) for row in rows]
+    came = scatter(ours, buffers, checksums(ours, buffers), into.select(rows))
+    made = {row for row, whole in zip(rows, came, strict=True) if whole}
     return [row in made for row in range(len(hashes))]
 
 

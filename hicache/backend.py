@@ -30,12 +30,13 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransferResult,
 )
 
+from ..errors import TierError
 from ..storage.base import PAGE_HASH_BYTES, Stored
 from . import events, patience, restorable, weights
 from .assembly import fill_gaps
 from .guard import guarded
 from .identity import ModelIdentity
-from .lookup import Found, look_up
+from .lookup import Found, Wanted, look_up
 from .namespaces import Namespaces
 from .pools import HostPool, Sharding, logical_page_size
 from .statistics import Statistics, StoreMetrics
@@ -240,7 +241,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         """How many of the first pages are stored, without a gap."""
         if self._anchor_is_logical:
             return len(keys)
-        (kv,) = self._here([(PoolName.KV, keys)])
+        (kv,) = self._here([(PoolName.KV, keys)], [True])
         found = restorable.all_pages(kv.here).boundary
         events.of_this_process.lost(keys[found:])
         return self._worth(kv.tiers[:found], keys)
@@ -253,22 +254,29 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         rates = [self._chain.rates[tier.name] for tier in tiers]
         return self._recompute.pays(rates, pool.page_bytes, pool.page_size, bytes.fromhex(keys[-1]))
 
-    def _here(self, asked: Sequence[tuple[PoolName, Sequence[str]]]) -> list[Found]:
+    def _here(
+        self, asked: Sequence[tuple[PoolName, Sequence[str]]], beside_kv: Sequence[bool]
+    ) -> list[Found]:
         """Which pages of each pool are stored, whole or in pieces that others stored. The KV pool comes first."""
         # SGLang reads on one thread: a request would wait behind the read that hangs.
         if self._chain.hangs:
             self._statistics.missed("reader.hangs", len(asked[0][1]))
             return [Found([None] * len(keys)) for _, keys in asked]
-        answers = self._look_up(asked)
+        raw = [_raw(page_hashes) for _, page_hashes in asked]
+        names = [name for name, _ in asked]
+        answers = self._look_up(names, raw, beside_kv)
         if any(None in found.holders for found in answers) and self._look_around():
-            return self._look_up(asked)
+            return self._look_up(names, raw, beside_kv)
         return answers
 
-    def _look_up(self, asked: Sequence[tuple[PoolName, Sequence[str]]]) -> list[Found]:
+    def _look_up(
+        self, names: Sequence[PoolName], raw: Sequence[list[bytes]], beside_kv: Sequence[bool]
+    ) -> list[Found]:
         """`_here`, for the kinds of page that are known."""
+        pools = [self._pools.get(name) for name in names]
         wanted = [
-            (pool.standing if (pool := self._pools.get(name)) else None, _raw(page_hashes))
-            for name, page_hashes in asked
+            Wanted(pool.standing if pool else None, page_hashes, beside)
+            for pool, page_hashes, beside in zip(pools, raw, beside_kv, strict=True)
         ]
         found, partly = look_up(self._chain, wanted)
         self._statistics.missed("pieces.missing", partly)
@@ -290,7 +298,8 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         """
         transfers = pool_transfers or []
         asked = [(transfer.name, _asked_of(transfer, keys)) for transfer in transfers]
-        kv, *others = self._here([(PoolName.KV, keys), *asked])
+        beside_kv = [True, *(not _is_of_groups(transfer) for transfer in transfers)]
+        kv, *others = self._here([(PoolName.KV, keys), *asked], beside_kv)
         usable = restorable.all_pages([True] * len(keys) if self._anchor_is_logical else kv.here)
         hits = {PoolName.KV: usable.boundary}
         worth = (
@@ -450,9 +459,17 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         return None
 
     def clear(self) -> None:
-        """Forget the pages of this model, layout and shard, in every tier; nobody else's."""
+        """Forget the pages of this model, layout and shard, in every tier; nobody else's.
+
+        Raises: TierError: some are still there, and SGLang answers that it failed.
+        """
+        errors = []
         for name, pool in self._pools.items():
-            removed = self._chain.clear(pool.namespace)
+            try:
+                removed = self._chain.clear(pool.namespace)
+            except TierError as error:
+                errors.append(error)
+                continue
             logger.info(
                 "lmcache: pool %s: cleared %d pages of namespace %s",
                 name,
@@ -460,6 +477,8 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
                 pool.namespace.hex(),
             )
         events.of_this_process.cleared()
+        if errors:
+            raise errors[0]
 
     def get_stats(self) -> StoreMetrics | None:
         """What SGLang's metrics have not seen yet; None when SGLang does not collect any."""
@@ -507,8 +526,12 @@ def _raw(page_hashes: Sequence[str]) -> list[bytes]:
 
 def _asked_of(transfer: PoolTransfer, keys: list[str]) -> list[str]:
     """The pages of a pool that a lookup concerns: those of the span, or the keys of its groups."""
-    groups = transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS
-    return (transfer.keys or []) if groups else keys
+    return (transfer.keys or []) if _is_of_groups(transfer) else keys
+
+
+def _is_of_groups(transfer: PoolTransfer) -> bool:
+    """Whether a pool has keys of its own, a group of blocks each."""
+    return bool(transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS)
 
 
 def _before(extra_info: HiCacheStorageExtraInfo | None, chained: bool) -> tuple[bytes, int]:

@@ -13,7 +13,20 @@ if TYPE_CHECKING:
 
 PIECES_AT_ONCE = 512  # pages that pieces are looked for of, before a gap ends it
 
-Wanted = tuple["Standing | None", list[bytes]]  # a pool, if it is stored, and hashes of pages
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is asked of one pool.
+
+    Attributes:
+        standing: of the pool; None: it is not stored.
+        page_hashes: of its pages.
+        beside_kv: whether each goes with the KV page of the same place, and is of no use without that.
+    """
+
+    standing: Standing | None
+    page_hashes: list[bytes]
+    beside_kv: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +60,24 @@ def look_up(chain: Chain, wanted: Sequence[Wanted]) -> tuple[list[Found], int]:
         pieces and not all.
     """
     own = [
-        standing.namespace + page_hash
-        for standing, page_hashes in wanted
-        if standing is not None
-        for page_hash in page_hashes
+        each.standing.namespace + page_hash
+        for each in wanted
+        if each.standing is not None
+        for page_hash in each.page_hashes
     ]
     answers = iter(chain.holders(own))
-    found, partly = [], 0
-    for place, (standing, page_hashes) in enumerate(wanted):
-        if standing is None:
-            found.append(Found([]))
-            continue
-        holders = [next(answers) for _ in page_hashes]
-        if None in holders:
-            partly += _look_for_pieces(chain, standing, page_hashes, holders, prefix=place == 0)
+    found: list[Found] = []
+    partly, usable = 0, len(wanted[0].page_hashes)
+    for each in wanted:
+        is_kv = each is wanted[0]
+        holders = [] if each.standing is None else [next(answers) for _ in each.page_hashes]
+        if each.standing is not None and None in holders:
+            pages = range(usable if each.beside_kv else len(holders))
+            partly += _look_for_pieces(
+                chain, each.standing, each.page_hashes, holders, pages, prefix=is_kv
+            )
+        if is_kv and None in holders:
+            usable = holders.index(None)
         found.append(Found(holders))
     return found, partly
 
@@ -70,12 +87,14 @@ def _look_for_pieces(
     standing: Standing,
     page_hashes: list[bytes],
     holders: list[Tier | None],
+    among: range,
     *,
     prefix: bool,
 ) -> int:
-    """Fill in who has the pieces of missing pages, up to a gap for a `prefix`; how many lack some of theirs."""
+    """Fill in who has the pieces of those of these pages that are missing, up to a gap for a `prefix`; how many
+    lack some of theirs."""
     partly = 0
-    missing = [i for i, holder in enumerate(holders) if holder is None]
+    missing = [i for i in among if holders[i] is None]
     for start in range(0, len(missing) if standing.tiling.covers else 0, PIECES_AT_ONCE):
         pages = missing[start : start + PIECES_AT_ONCE]
         for cover in standing.tiling.covers:

@@ -56,10 +56,12 @@ class Recompute:
             tiers: of each page, the rate of the tier that has it, in bytes.
             asked: the hash of the last page that was asked for, the same on all ranks.
         """
-        known = self._prefill.seen >= LEAST_TOKENS
-        if not known or all(self._is_faster(tier, page_bytes, page_tokens) for tier in set(tiers)):
+        if self._prefill.seen < LEAST_TOKENS:
             return len(tiers)
-        best = self._best([self._gain(tier, page_bytes, page_tokens) for tier in tiers])
+        gains = {tier: self._gain(tier, page_bytes, page_tokens) for tier in set(tiers)}
+        if all(gain >= 0 for gain in gains.values()):
+            return len(tiers)
+        best = self._best([gains[tier] for tier in tiers])
         if best == len(tiers) or asked[-1] % RETRY_ONE_IN == 0:
             return len(tiers)
         self._note(len(tiers) - best)
@@ -76,9 +78,6 @@ class Recompute:
             pages,
             self.declined,
         )
-
-    def _is_faster(self, tier: Rate, page_bytes: int, page_tokens: int) -> bool:
-        return self._gain(tier, page_bytes, page_tokens) >= 0
 
     def _gain(self, tier: Rate, page_bytes: int, page_tokens: int) -> float:
         """Seconds that restoring a page saves."""

@@ -95,7 +95,7 @@ class Store:
             tier.set_quota(namespace, size)
 
     def clear(self, namespace: bytes) -> int:
-        """Forget every page of one namespace; how many there were."""
+        """Forget every page of one namespace; how many there were. Raises: TierError: some are still there."""
         return self._chain.clear(namespace)
 
     def flush(self, timeout: float) -> bool:

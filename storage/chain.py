@@ -48,6 +48,7 @@ P = ParamSpec("P")
 Promotion = Literal["always", "second-hit", "never"]
 
 CALL_SECONDS = 10.0  # that a read without a limit of its own may take, as tiers have it
+LOOKUP_SECONDS = 1.0  # that a lookup may take, of however many pages
 FAIR_SECONDS = 0.9  # in which any tier that works delivers a page
 GRACE_SECONDS = 1.0  # for what was begun just before a limit
 CLOSE_SECONDS = 30.0  # longest that close spends on writing what still waits
@@ -143,11 +144,14 @@ class Chain:
             return nothing
         if self._is_overdue(tier):
             return nothing
-        return self._ask(tier, nothing, tier.exists, keys)
+        with self._overdue[tier.name].expected(
+            LOOKUP_SECONDS
+        ):  # an index may lie on a disk that hangs
+            return self._ask(tier, nothing, tier.exists, keys)
 
     @property
     def hangs(self) -> bool:
-        """Whether a read has not come back in time: whoever reads on one thread waits behind it."""
+        """Whether a call has not come back in time: whoever reads on one thread waits behind it."""
         return any(self._overdue.values())
 
     def get(
@@ -198,7 +202,8 @@ class Chain:
             if concerned := [key for key, o in zip(asked, outcome, strict=True) if o is what]:
                 self.faults.record(tier.name, reason.value, detail, len(concerned))
                 if what is Lookup.CORRUPT:
-                    self._ask(tier, 0, tier.remove, concerned)
+                    with self._overdue[tier.name].expected(CALL_SECONDS):
+                        self._ask(tier, 0, tier.remove, concerned)
         return [i for i, o in zip(wanted, outcome, strict=True) if o is Lookup.HIT]
 
     def _read(
@@ -220,7 +225,7 @@ class Chain:
     def _is_overdue(self, tier: Tier) -> bool:
         if not self._overdue[tier.name]:
             return False
-        detail = "a read has not come back in time, and it is left alone until that does"
+        detail = "a call has not come back in time, and it is left alone until that does"
         self.faults.record(tier.name, "overdue", detail)
         return True
 
@@ -350,8 +355,21 @@ class Chain:
         return [Stored.STORED if i in kept else stored for i, stored in enumerate(outcome)]
 
     def clear(self, namespace: bytes) -> int:
-        """Forget every page of one namespace; how many there were in the tier that had most."""
-        return max(self._ask(tier, 0, tier.clear, namespace) for tier in self.tiers)
+        """Forget every page of one namespace; how many there were in the tier that had most.
+
+        Raises:
+            TierError: a tier still has them, which is not a miss; the others have forgotten theirs.
+        """
+        counts, errors = [], []
+        for tier in self.tiers:
+            try:
+                counts.append(tier.clear(namespace))
+            except TierError as error:
+                self.faults.error(error)
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return max(counts)
 
     def fits(self, page_bytes: int) -> list[Tier]:
         """The tiers that could not keep even one page of this size."""

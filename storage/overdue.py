@@ -1,4 +1,4 @@
-"""Reads that have not come back in time.
+"""Calls of a tier that have not come back in time.
 
 A tier's own deadline ends what has not begun; a request that the device has taken cannot be called back. While one
 is overdue its thread waits, and whoever asks next would wait behind it.
@@ -13,7 +13,7 @@ from threading import Lock
 
 
 class Overdue:
-    """The reads of one tier that are under way.
+    """The reads and lookups of one tier that are under way.
 
     Args:
         clock: seconds that only grow.
@@ -26,15 +26,15 @@ class Overdue:
 
     @contextmanager
     def expected(self, seconds: float) -> Iterator[None]:
-        """While the block runs a read is under way that should come back within so many seconds."""
-        read = object()
+        """While the block runs a call is under way that should come back within so many seconds."""
+        call = object()
         with self._lock:
-            self._due[read] = self._clock() + seconds
+            self._due[call] = self._clock() + seconds
         try:
             yield
         finally:
             with self._lock:
-                del self._due[read]
+                del self._due[call]
 
     def __bool__(self) -> bool:
         """Whether any of them is overdue."""

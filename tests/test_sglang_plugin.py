@@ -387,20 +387,67 @@ def test_attaching_selects_the_zero_copy_calls(scenario: Scenario) -> None:
 
 @needs_sglang
 @pytest.mark.parametrize(
-    ("backend", "extra", "passed"),
+    ("backend", "was_attached", "undone"),
+    [(NAME, False, True), (NAME, True, False), ("mooncake", False, False)],
+)
+def test_an_attach_that_fails_half_way_is_undone(
+    backend: str, was_attached: bool, undone: bool, scenario: Scenario
+) -> None:
+    """The KV pool was taken, threads run, and the second pool is refused. One that was attached before stays."""
+    answer = scenario(
+        f"""
+        from sglang.srt.managers.cache_controller import HiCacheController
+        from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+        def attach(self, storage_backend, **_):
+            if self.enable_storage:
+                raise RuntimeError("already attached")
+            self.enable_storage, self.storage_backend_type = True, storage_backend
+        def refuse(*_):
+            raise ValueError("no room")
+        detached = []
+        def detach(self):
+            self.enable_storage = False
+            detached.append(self.storage_backend_type)
+        HiCacheController.attach_storage_backend = attach
+        HybridCacheController.detach_storage_backend = detach
+        load_plugins()
+        controller = object.__new__(HybridCacheController)
+        controller.storage_host_pool, controller.host_memory_mode = None, "cache"
+        controller.pp_prefetch_command_group = None
+        controller.enable_storage, controller.storage_backend_type = {was_attached}, {backend!r}
+        controller.storage_backend = SimpleNamespace(register_mem_host_pool_v2=refuse)
+        pool = SimpleNamespace(
+            host_pool=SimpleNamespace(kv_buffer=None), name="kv", is_primary_index_anchor=True
+        )
+        try:
+            controller.attach_storage_backend(storage_backend={backend!r}, host_pools=[pool])
+        except (ValueError, RuntimeError) as error:
+            why = str(error)
+        result = [detached, why]
+        """
+    )
+    why = "already attached" if was_attached else "no room"
+    assert answer.result == [[NAME] if undone else [], why]
+
+
+@needs_sglang
+@pytest.mark.parametrize(
+    ("backend", "extra", "page_size", "passed"),
     [
-        (NAME, None, True),
-        (NAME, '{"cpu": {"size": 0}}', True),
-        (NAME, '{"hicache_storage_pass_prefix_keys": false}', False),
-        (NAME, '{"hicache_storage_pass_prefix_keys": true}', True),
-        (NAME, "@FILE", False),
-        ("mooncake", None, False),
-        ("mooncake", '{"hicache_storage_pass_prefix_keys": true}', True),
+        (NAME, None, 16, True),
+        (NAME, None, 1, False),
+        (NAME, '{"cpu": {"size": 0}}', 64, True),
+        (NAME, '{"hicache_storage_pass_prefix_keys": false}', 16, False),
+        (NAME, '{"hicache_storage_pass_prefix_keys": true}', 1, True),
+        (NAME, "@FILE", 16, False),
+        ("mooncake", None, 16, False),
+        ("mooncake", '{"hicache_storage_pass_prefix_keys": true}', 16, True),
     ],
 )
 def test_hashes_of_the_pages_before_are_passed_unless_the_user_says_no(
     backend: str,
     extra: str | None,
+    page_size: int,
     passed: bool,
     scenario: Scenario,
     tmp_path: Path,
@@ -415,7 +462,7 @@ def test_hashes_of_the_pages_before_are_passed_unless_the_user_says_no(
         from sglang.srt.mem_cache.unified_cache.storage_attachment import StorageAttachment
         class Controller: pass
         class Cache:
-            enable_storage, page_size, cache_controller = True, 16, Controller()
+            enable_storage, page_size, cache_controller = True, {page_size}, Controller()
         cache = Cache()
         attachment = StorageAttachment(cache)
         parsed = HybridCacheController.parse_storage_backend_extra_config({given!r})

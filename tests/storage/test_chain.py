@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from threading import Thread
 from types import SimpleNamespace
 from typing import cast
@@ -126,14 +126,15 @@ def test_clear_forgets_one_namespace_in_every_tier(some_tiers: TwoTiers) -> None
         assert all(chain.exists(ours))
 
 
-def test_a_closed_chain_misses_and_raises_nothing(some_tiers: TwoTiers) -> None:
+def test_a_closed_chain_misses_and_clears_nothing(some_tiers: TwoTiers) -> None:
     chain = some_tiers.open()
     put(chain, some_keys(2))
     chain.close()
     chain.close()
     assert get(chain, some_keys(2)) == [False, False]
     assert put(chain, some_keys(2)) == [False, False]
-    assert chain.clear(OTHER_NAMESPACE) == 0
+    with pytest.raises(TierError):
+        chain.clear(OTHER_NAMESPACE)
     assert chain.stats() == []
     assert chain.waiting() == (0, 0)
     assert chain.faults.counts()[f"{chain.tiers[0].name}.closed"] >= 3
@@ -450,7 +451,8 @@ def test_a_failing_lower_tier_is_misses_and_a_count(faulty: Faulty, reason: Reas
     assert faulty.chain.exists(below) == [False, False]
     assert put(faulty.chain, new) == [True, True]
     assert get(faulty.chain, new) == [True, True]
-    assert faulty.chain.clear(OTHER_NAMESPACE) == 0
+    with pytest.raises(TierError):  # its pages are still there
+        faulty.chain.clear(OTHER_NAMESPACE)
     assert [stats.name for stats in faulty.chain.stats()] == ["memory"]
     counts = faulty.chain.faults.counts()
     assert {name for name in counts if name != "disk.bypassed"} == {f"disk.{reason.value}"}
@@ -471,7 +473,8 @@ def test_a_failing_upper_tier_is_misses_and_a_count(faulty: Faulty, call: str) -
     new = EngineMemory([bytes_of(a_key(9))])
     assert faulty.chain.put([a_key(9)], new.segments) == [True]  # a broken one is gone around
     assert faulty.lower.inner.exists([a_key(9)]) == [call == "put"]
-    faulty.chain.clear(OTHER_NAMESPACE)
+    with pytest.raises(TierError) if call == "clear" else nullcontext():
+        faulty.chain.clear(OTHER_NAMESPACE)
     faulty.chain.stats()
     counts = faulty.chain.faults.counts()
     assert counts["cpu.io"] >= 1
@@ -538,6 +541,21 @@ def test_a_callers_own_haste_is_no_failure_of_the_tier(faulty: Faulty) -> None:
     for _ in range(2 * FAILURES):
         assert not any(faulty.chain.get(keys, memory.segments, limits=Limits.within(0.001)))
     assert faulty.lower.asked["get"] == 3 * FAILURES
+
+
+@pytest.mark.parametrize("broken", ["upper", "lower"])
+def test_the_other_tier_forgets_what_one_cannot(faulty: Faulty, broken: str) -> None:
+    keys = [a_key(number, OTHER_NAMESPACE) for number in range(2)]
+    faulty.put_below(keys)
+    put(faulty.chain, keys)
+    tiers = {"upper": faulty.upper, "lower": faulty.lower}
+    tiers[broken].refusing = {"clear"}
+    with pytest.raises(TierError, match="told to fail to clear"):
+        faulty.chain.clear(OTHER_NAMESPACE)
+    assert {name: any(tier.inner.exists(keys)) for name, tier in tiers.items()} == {
+        "upper": broken == "upper",
+        "lower": broken == "lower",
+    }
 
 
 def test_a_call_has_one_deadline_for_all_tiers(faulty: Faulty) -> None:

@@ -41,12 +41,19 @@ def test_a_read_is_overdue_from_its_time_until_it_comes_back() -> None:
 
 
 class Hanging(MemoryTier):
-    """Its reads wait until they are let go."""
+    """Its reads, or its lookups, wait until they are let go."""
 
     def __init__(self) -> None:
         super().__init__(1 << 20, name="disk")
+        self.looks_up = False
         self.reading = threading.Event()
         self.answers = threading.Event()
+
+    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        if self.looks_up:
+            self.reading.set()
+            assert self.answers.wait(WAIT_SECONDS)
+        return super().exists(keys)
 
     def get(
         self, keys: Sequence[bytes], into: PageSegments, limits: Limits = NO_LIMITS
@@ -87,6 +94,26 @@ def test_a_tier_whose_read_hangs_is_left_alone_until_it_answers(
     assert bytes(page) == PAGE
     assert chain.exists([KEY]) == [True]
     assert chain.faults.counts() == {"disk.busy": 1, "disk.overdue": 2}
+
+
+def test_a_tier_whose_lookup_hangs_is_left_alone_too(
+    tier: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its index may lie on the disk that hangs."""
+    monkeypatch.setattr(module, "LOOKUP_SECONDS", 0.0)
+    chain = Chain(None, tier)
+    chain.put([KEY], PageSegments.of_buffers([PAGE]))
+    tier.looks_up = True
+    found: list[bool] = []
+    stuck = threading.Thread(target=lambda: found.extend(chain.exists([KEY])))
+    stuck.start()
+    assert tier.reading.wait(WAIT_SECONDS)
+    assert chain.hangs
+    assert chain.exists([KEY]) == [False]
+    tier.answers.set()
+    stuck.join(WAIT_SECONDS)
+    assert found == [True]
+    assert not chain.hangs
 
 
 def test_a_read_in_time_is_no_fault(tier: Hanging) -> None:
