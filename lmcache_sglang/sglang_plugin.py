@@ -34,6 +34,7 @@ SGLang that has changed, it must not harm who uses another backend.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import pkgutil
 import threading
@@ -92,6 +93,13 @@ _PREFIX_KEYS = "hicache_storage_pass_prefix_keys"  # SGLang's own key of the ext
 _LEAST_PAGE_FOR_PREFIX_KEYS = 16  # tokens
 _ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
 _EVENTS = ("AllBlocksCleared", "BlockRemoved", "BlockStored", "StorageMedium")
+
+# Flags that the hierarchical cache, on which a store stands, does not go with.
+_EXCLUDES = {
+    "disable_radix_cache": "since what it stores is the radix cache",
+    "enable_lmcache": "which is another cache in its place",
+    "enable_unified_cache_external_linker": "which goes around the host memory that it reads to and writes from",
+}
 
 # Everything that must be there for the flag to work: what is hooked, and what the hooks use.
 SEAMS = (
@@ -173,17 +181,31 @@ def activate() -> None:
 
 
 def missing_seams() -> list[str]:
-    """Those of `SEAMS` that the installed SGLang does not have."""
-    return [seam for seam in SEAMS if not _resolves(seam)]
+    """Those of `SEAMS` that the installed SGLang does not have, or whose module cannot be imported, and why."""
+    return [f"{seam}{why}" for seam in SEAMS if (why := _absence(seam)) is not None]
 
 
-def _resolves(seam: str) -> bool:
+def _absence(seam: str) -> str | None:
+    """Why a seam cannot be had, as a remark behind its name; None: it can."""
     try:
         pkgutil.resolve_name(seam)
-    except Exception:  # a module that fails to import, however, has no seam for us
+    except AttributeError:
+        return _import_error(seam)
+    except Exception as error:  # a module that fails to import, however it does, has no seam for us
         logger.debug("%s cannot be had", seam, exc_info=True)
-        return False
-    return True
+        return f" ({type(error).__name__}: {error})"
+    return None
+
+
+def _import_error(seam: str) -> str:
+    """What keeps one of its modules from being imported, as a remark; "" where all that there are can be."""
+    parts = seam.split(".")
+    for path in (".".join(parts[:end]) for end in range(1, len(parts))):
+        try:
+            importlib.import_module(path)
+        except ImportError as error:
+            return "" if error.name == path else f" ({type(error).__name__}: {error})"
+    return ""
 
 
 def _refuse_the_flag(missing: list[str]) -> None:
@@ -198,18 +220,18 @@ def _refuse_the_flag(missing: list[str]) -> None:
         (_ADD_CLI_ARGS, _add_choice, HookType.AFTER),
         (_RESOLVE, refuse, HookType.BEFORE),
     ):
-        if seam not in missing:
+        if _absence(seam) is None:
             HookRegistry.register(seam, hook, kind)
-    if {_ADD_CLI_ARGS, _RESOLVE} & set(missing):  # then nothing later can say it
-        logger.error("%s", unsupported(missing))
+        else:  # then nothing later can say it
+            logger.error("%s", unsupported(missing))
 
 
 def unsupported(missing: list[str]) -> str:
     """The message for an SGLang that the flag cannot work on."""
     return (
-        f"{FLAG} {NAME} does not work on SGLang {version('sglang')}: it has no {', '.join(missing)}. "
-        f"lmcache-sglang {version('lmcache-sglang')} is tested on SGLang {', '.join(TESTED)}; install "
-        "one of these, or a newer lmcache-sglang"
+        f"{FLAG} {NAME} does not work on SGLang {version('sglang')} as it is installed here, without "
+        f"{', '.join(missing)}. lmcache-sglang {version('lmcache-sglang')} is tested on SGLang "
+        f"{', '.join(TESTED)}; install one of these with all that it needs, or a newer lmcache-sglang"
     )
 
 
@@ -238,9 +260,22 @@ def _prepare(server_args: Any, *_: Any, **__: Any) -> None:
             running,
             FLAG,
         )
-    if not server_args.enable_hierarchical_cache and server_args.disaggregation_mode != "decode":
+    if server_args.disaggregation_mode == "decode":
+        return
+    _require_hierarchical_cache(server_args)
+    if not server_args.enable_hierarchical_cache:
         logger.info("%s %s turns on --enable-hierarchical-cache", FLAG, NAME)
         server_args.enable_hierarchical_cache = True
+
+
+def _require_hierarchical_cache(server_args: Any) -> None:
+    """SGLang would complain of --enable-hierarchical-cache, which the user may never have given."""
+    for name, why in _EXCLUDES.items():
+        if getattr(server_args, name, False):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{FLAG} {NAME}", f"does not go with {flag}, {why}. Leave one of them out"
+            )
 
 
 def _resolved_before(server_args: Any) -> bool:

@@ -270,6 +270,23 @@ def test_a_mistake_in_the_settings_stops_the_parent_before_any_process_starts(
 
 
 @needs_sglang
+@pytest.mark.parametrize("other", sglang_plugin._EXCLUDES)
+def test_a_flag_that_does_not_go_with_ours_is_named_with_ours(
+    other: str, scenario: Scenario
+) -> None:
+    """SGLang would name --enable-hierarchical-cache, which the user did not give."""
+    answer = scenario(
+        f"""
+        load_plugins()
+        result = resolve(args(hicache_storage_backend="lmcache", {other}=True))
+        """
+    )
+    assert answer.result["error"] == "ConfigError"
+    for part in (f"{FLAG} {NAME}", f"--{other.replace('_', '-')}"):
+        assert part in answer.result["message"]
+
+
+@needs_sglang
 def test_a_mistake_in_our_own_file_stops_the_parent_too(scenario: Scenario, tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("pth: /a\n")
@@ -699,6 +716,24 @@ def test_a_module_that_is_gone_is_a_missing_seam(scenario: Scenario) -> None:
     )
     assert answer.result == [
         "sglang.srt.arg_groups.hicache_hook.resolve_storage_layout_compatibility"
+    ]
+
+
+def test_a_seam_whose_module_cannot_be_imported_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An SGLang of which a dependency is missing has every seam, and none can be had."""
+    package = tmp_path / "an_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "tree.py").write_text("import not_installed_here\nclass Tree: pass\n")
+    (package / "whole.py").write_text("class Tree: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    seams = ("an_engine.tree.Tree", "an_engine.whole.Tree.cut", "an_engine.whole.Tree")
+    monkeypatch.setattr(sglang_plugin, "SEAMS", seams)
+    assert sglang_plugin.missing_seams() == [
+        "an_engine.tree.Tree (ModuleNotFoundError: No module named 'not_installed_here')",
+        "an_engine.whole.Tree.cut",
     ]
 
 
