@@ -259,7 +259,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
     ) -> list[Found]:
         """Which pages of each pool are stored, whole or in pieces that others stored. The KV pool comes first."""
         # SGLang reads on one thread: a request would wait behind the read that hangs.
-        if self._chain.hangs:
+        if self._chain.hangs():
             self._statistics.missed("reader.hangs", len(asked[0][1]))
             return [Found([None] * len(keys)) for _, keys in asked]
         raw = [_raw(page_hashes) for _, page_hashes in asked]

@@ -149,10 +149,10 @@ class Chain:
         ):  # an index may lie on a disk that hangs
             return self._ask(tier, nothing, tier.exists, keys)
 
-    @property
     def hangs(self) -> bool:
-        """Whether a call has not come back in time: whoever reads on one thread waits behind it."""
-        return any(self._overdue.values())
+        """Whether a call has not come back in time: whoever reads on one thread waits behind it. The log says it,
+        too."""
+        return any(self._is_overdue(tier) for tier in self.tiers)
 
     def get(
         self,

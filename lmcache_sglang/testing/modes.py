@@ -93,8 +93,8 @@ class Run:
 
     @property
     def restored(self) -> int:
-        """Tokens."""
-        return sum(answer.storage for answer in self.warm.values())
+        """Tokens; where the policy promises nothing, what the engine gave back once it was told to wait."""
+        return sum(answer.storage for answer in (self.later or self.warm).values())
 
     @property
     def right(self) -> dict[str, list[int]]:

@@ -23,14 +23,14 @@ from lmcache_sglang.testing.engine import (
 )
 from lmcache_sglang.testing.server import SGLangServer
 from lmcache_sglang.testing.stalling import Stall
-from lmcache_sglang.testing.trace import make_trace, tokens
+from lmcache_sglang.testing.trace import make_trace, reachable, tokens
 
 BOUND_SECONDS = 60.0  # of one request; alone on two cores the slowest takes 3
 
 CLIENTS = 6
-PROMPTS = [
-    tokens(blocks, PAGE_SIZE) for blocks in make_trace(conversations=40, turns=5, first=10, grows=4)
-]
+ASKED = make_trace(conversations=40, turns=5, first=10, grows=4)
+PROMPTS = [tokens(blocks, PAGE_SIZE) for blocks in ASKED]
+POSSIBLE = sum(reachable(ASKED)) * PAGE_SIZE  # tokens that were computed before
 SHORT = {"sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}}
 ROOMY = ("--max-total-tokens", "16384")
 SMALL = ("--max-total-tokens", "2048", "--hicache-ratio", "1.2")
@@ -42,7 +42,10 @@ INJECTED = {
 
 STORED, FRESH = range(4), range(10, 14)  # seeds of prompts
 PAGES = len(prompt(0)) // PAGE_SIZE
-DEADLINE_SECONDS = 10.0  # of a call of the store (SlabSettings.seconds)
+DEADLINE_SECONDS = (
+    10.0  # of a call of the store (SlabSettings.seconds); SGLang's own budget is of 1 s here
+)
+LEFT_ALONE = "disk tier: overdue"
 
 
 def ask_all(engine: SGLangServer) -> list[Answer]:
@@ -71,7 +74,8 @@ def test_two_hundred_requests_over_a_store_that_dawdles_and_fails(
         log = engine.log
     assert "HiCache storage test injector enabled" in log
     assert [answer.tokens for answer in answers] == right
-    assert sum(answer.storage for answer in answers) > 0
+    # Of what could come back a fifth at least, though a third of the calls fail and some are too late.
+    assert sum(answer.storage for answer in answers) > POSSIBLE / 5
     assert "Traceback" not in log
 
 
@@ -99,11 +103,18 @@ def test_requests_go_on_while_the_disk_hangs(model: Path, folder: Path) -> None:
         flush(engine)
         with stall.held():
             begun = time.monotonic()
+            others = count(100)
             meanwhile = answered(engine, STORED)
             assert stall.waits > 0
-            others = count(100)
-            while time.monotonic() < begun + 1.5 * DEADLINE_SECONDS:
+            while (
+                LEFT_ALONE not in engine.log
+            ):  # said when the next lookup meets the read that hangs
                 ask(engine, prompt(next(others)), timeout=BOUND_SECONDS)
+            assert time.monotonic() < begun + DEADLINE_SECONDS
+            while time.monotonic() < begun + 1.5 * DEADLINE_SECONDS:
+                asked = time.monotonic()
+                ask(engine, prompt(next(others)), timeout=BOUND_SECONDS)
+                assert time.monotonic() < asked + DEADLINE_SECONDS
             fresh = answered(engine, FRESH)
         until(lambda: "disk tier: busy" in engine.log)
         flush(engine)

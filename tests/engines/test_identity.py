@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_sglang.testing.engine import Answer, Setup, ask, pages_on_disk, prompt, server
+from lmcache_sglang.testing.engine import (
+    Answer,
+    Setup,
+    ask,
+    pages_on_disk,
+    prompt,
+    server,
+    whole_pages,
+)
 from lmcache_sglang.testing.tiny_model import make_tiny_llama
 
 FIRST = prompt(1)
@@ -58,5 +66,5 @@ def test_the_same_model_elsewhere_shares(folder: Path, store: Path, first: Answe
     copy = make_tiny_llama(folder / "copy", seed=1, dtype="float32")
     with server(copy, Setup(store, args=POOL), folder / "copy.log") as engine:
         answer = ask(engine, FIRST)
-    assert answer.storage > 0
+    assert answer.storage == whole_pages(FIRST)
     assert answer.tokens == first.tokens

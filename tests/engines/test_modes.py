@@ -1,6 +1,7 @@
 """Every mode of HiCache that SGLang offers: a cold engine, then another one from the disk alone.
 
-Elsewhere: layer_first in test_attach.py; cache, write_through and timeout in all other files.
+Elsewhere: layer_first in test_attach.py; cache, write_through and wait_complete in all other files; timeout with
+SGLang's own budget in test_restart.py.
 """
 
 from __future__ import annotations

@@ -40,10 +40,10 @@ class Replay:
         return self.restored + sum(answer.device + answer.host for answer in self.answers)
 
 
-@pytest.fixture(scope="module")
-def asked() -> list[Blocks]:
-    """Of a trace of real traffic where there is one, and else of our own making."""
-    if SHARED_TRACE.exists():
+@pytest.fixture(scope="module", params=["mooncake" if SHARED_TRACE.exists() else "made"])
+def asked(request: pytest.FixtureRequest) -> list[Blocks]:
+    """Of a trace of real traffic where there is one, and else of our own making; the test's name says which."""
+    if request.param == "mooncake":
         return read_trace(SHARED_TRACE, conversations=20, turns=3, longest=60)
     return make_trace(conversations=16, turns=5)
 
