@@ -40,7 +40,7 @@ from .lookup import Found, Wanted, look_up
 from .namespaces import Namespaces
 from .pools import HostPool, Sharding, logical_page_size
 from .statistics import Statistics, StoreMetrics
-from .stored_pool import StoredPool
+from .stored_pool import StoredPool, is_logical
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -118,8 +118,8 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
     def register_mem_pool_host(self, mem_pool_host: HostPool) -> None:
         """Take the KV pool; raises when its pages cannot be kept."""
         super().register_mem_pool_host(mem_pool_host)
-        self._anchor_is_logical = getattr(mem_pool_host, "kv_buffer", None) is None
-        if not self._anchor_is_logical:  # as DeepSeek V4's is
+        self._anchor_is_logical = is_logical(mem_pool_host)
+        if not self._anchor_is_logical:
             self._register(mem_pool_host, PoolName.KV)
         weights.on_replaced(self._weights_replaced)
 

@@ -162,6 +162,17 @@ class StoredPool:
         return logical_page_size(self.host)
 
 
+def is_logical(host: object) -> bool:
+    """Whether a pool gives out indices and has no pages: DeepSeek V4's KV pool, beside which others hold the KV.
+
+    By SGLang's type and by nothing less: a pool whose memory is another's, or that has none on this rank, must not
+    pass for one whose pages need not be read.
+    """
+    from sglang.srt.mem_cache.memory_pool_host import LogicalHostPool
+
+    return isinstance(host, LogicalHostPool)
+
+
 def require_reachable(host: HostPool, name: str) -> None:
     """Raises: NotImplementedError, as `StoredPool`."""
     _access(host, name, torch.arange(logical_page_size(host), dtype=torch.int64))
@@ -169,15 +180,27 @@ def require_reachable(host: HostPool, name: str) -> None:
 
 def _access(host: HostPool, name: str, first_page: torch.Tensor) -> tuple[Access, int]:
     """How its pages are reached, and the bytes of one. Pools refuse by an exception, and say so in SGLang."""
+    if getattr(host, "kv_buffer", host) is None:
+        raise _unreachable(host, name, ["it has no memory of its own"])
     refusals = []
     for kind in (InPlace, WholePages):
         access: Access = kind(host)
         try:
             with access.reading(first_page) as page:
                 return access, sum(page.sizes)
-        except (AttributeError, NotImplementedError, TypeError, ValueError) as refusal:
+        except (
+            AssertionError,
+            AttributeError,
+            NotImplementedError,
+            TypeError,
+            ValueError,
+        ) as refusal:
             refusals.append(str(refusal))
-    raise NotImplementedError(
+    raise _unreachable(host, name, refusals)
+
+
+def _unreachable(host: HostPool, name: str, why: list[str]) -> NotImplementedError:
+    return NotImplementedError(
         f"lmcache: the pages of the pool {name!r} ({type(host).__name__}) cannot be reached: "
-        f"{'; '.join(refusals)}. Serve this model without --hicache-storage-backend lmcache"
+        f"{'; '.join(why)}. Serve this model without --hicache-storage-backend lmcache"
     )

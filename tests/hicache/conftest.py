@@ -13,6 +13,7 @@ import torch
 from lmcache_sglang.config import Config
 from lmcache_sglang.hicache.identity import ModelIdentity
 from lmcache_sglang.store import open_chain, require_room
+from tests.hicache import sidecar_pools
 
 if TYPE_CHECKING:
     from lmcache_sglang.hicache.backend import LMCacheBackend
@@ -41,7 +42,7 @@ def _make_pool(
     """A host pool.
 
     Args:
-        kind: "<device pool> <layout>", as in test_backend.KINDS.
+        kind: "<device pool> <layout>", as in test_backend.KINDS and test_every_pool.POOLS.
         heads: of an MHA pool.
         layers: of an MHA or MLA pool: the first, and one past the last.
     """
@@ -66,8 +67,8 @@ def _make_pool(
                 return _mla(indexed=True, layers=layers, **size)
             case "mamba" | "conv" | "sided":
                 return _mamba(pages, layout, device_pool)
-            case "paged":
-                return _paged(pages, layout)
+            case kind if kind in sidecar_pools.MAKERS:
+                return sidecar_pools.MAKERS[kind](pages, page_size, layout)
     raise ValueError(kind)
 
 
@@ -187,16 +188,6 @@ def _mamba(pages: int, layout: str, kind: str) -> Any:
     )
     return MambaPoolHost(
         info, float(pages) / 2, 0, device_capacity=2, pin_memory=False, layout=layout
-    )
-
-
-def _paged(pages: int, layout: str) -> Any:
-    """DeepSeek V4's pools: rows of bytes, a page each."""
-    from sglang.srt.mem_cache.memory_pool_host import DeepSeekV4PagedHostPool
-
-    buffers = [torch.empty(2, 96, dtype=torch.uint8) for _ in range(LAYERS)]
-    return DeepSeekV4PagedHostPool(
-        "deepseek_v4_c4", buffers, 96, pages, 4, layout, pin_memory=False
     )
 
 

@@ -1,34 +1,18 @@
-"""Models with more than a KV pool: each of SGLang's host pools comes back whole, and prefixes with it only."""
+"""Models with more than a KV pool: a prefix comes back with all pools that it needs, or it does not come back."""
 
 from __future__ import annotations
 
 import ctypes
-import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from lmcache_sglang.hicache.stored_pool import InPlace, WholePages
-from tests.hicache.test_backend import indices, page_hashes
-
-# Pool, its kind, and how its pages are reached.
-POOLS = [
-    ("swa", "mha page_first", InPlace),
-    ("swa", "mha layer_first", InPlace),
-    ("auxiliary_swa", "wide page_first", InPlace),
-    ("draft", "mla page_first", InPlace),
-    ("draft_swa", "mha page_first_direct", InPlace),
-    ("mamba", "mamba page_first", InPlace),
-    ("mamba", "mamba page_first_direct", InPlace),
-    ("mamba", "conv page_first", InPlace),
-    ("deepseek_v4_c4", "paged page_first", InPlace),
-    ("deepseek_v4_c4_state", "paged layer_first", InPlace),
-    ("mamba", "sided page_first", WholePages),  # with state of another shape beside it
-    ("deepseek_v4_c128", "paged page_first_direct", InPlace),
-]
-PAGES = 5
+from lmcache_sglang.hicache.stored_pool import is_logical, require_reachable
+from tests.hicache import sidecar_pools
+from tests.hicache.test_backend import buffers, indices, page_hashes
+from tests.hicache.test_backend import content as parts_of_page
 
 MakePool = Callable[..., Any]
 
@@ -39,8 +23,15 @@ def tensors(pool: Any) -> list[torch.Tensor]:
         return [pool.temporal_buffer, *pool.conv_buffer, *pool.slot_state_buffers]
     if pool.__class__.__name__.startswith("Asymmetric"):
         return [pool.k_buffer, pool.v_buffer]
-    kept = pool.kv_buffer
-    return list(kept) if isinstance(kept, (tuple, list)) else [kept]
+    if pool.layout == "page_first_kv_split":
+        return buffers(pool)
+    if is_logical(pool):
+        return []
+    for attribute in ("index_k_with_scale_buffer", "kv_buffer", "k_buffer"):
+        kept = getattr(pool, attribute, None)
+        if kept is not None:
+            return list(kept) if isinstance(kept, (tuple, list)) else [kept]
+    raise ValueError(type(pool).__name__)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,47 +49,10 @@ def content(pool: Any, slot: int) -> bytes:
     if pool.__class__.__name__.startswith("Asymmetric"):
         where = pool.get_page_buffer_meta(indices(pool, [slot]))
         return b"".join(ctypes.string_at(at, size) for at, size in zip(*where, strict=True))
+    if pool.layout == "page_first_kv_split":
+        return parts_of_page(pool, slot)
     page = pool.get_data_page(slot * pool.page_size, flat=True)
     return as_bytes(page).numpy().tobytes()
-
-
-@pytest.mark.parametrize(("name", "kind", "access"), POOLS)
-def test_pages_of_a_pool_come_back_whole_and_elsewhere(
-    name: str, kind: str, access: type, make_pool: MakePool, backends: Any
-) -> None:
-    from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
-
-    pool = make_pool(kind, pages=2 * PAGES + 2)
-    backend = backends.open(make_pool("mha page_first"))
-    backend.register_mem_host_pool_v2(pool, PoolName(name))
-    assert isinstance(backend.pools[PoolName(name)].access, access)
-    slots = random.Random(3).sample(range(2 * PAGES), 2 * PAGES)
-    source, target = slots[:PAGES], slots[PAGES:]
-    keys = page_hashes(PAGES)
-    fill(pool, 1)
-    before = [content(pool, slot) for slot in source]
-    assert len(set(before)) == PAGES
-
-    def transfer(slots: list[int], keys: list[str]) -> list[Any]:
-        return [PoolTransfer(PoolName(name), host_indices=indices(pool, slots), keys=keys)]
-
-    assert backend.batch_set_v2(transfer(source, keys)) == {name_of(name): [True] * PAGES}
-    assert backend._chain.flush(30.0)
-    fill(pool, 2)
-    others = [content(pool, slot) for slot in source]
-    asked = [*keys[:2], *page_hashes(1, "unknown"), *keys[3:]]
-    assert backend.batch_get_v2(transfer(target, asked)) == {
-        name_of(name): [True, True, False, True, True]
-    }
-    for number in (0, 1, 3, 4):
-        assert content(pool, target[number]) == before[number]
-    assert [content(pool, slot) for slot in source] == others, "what was not asked for is touched"
-
-
-def name_of(text: str) -> Any:
-    from sglang.srt.mem_cache.hicache_storage import PoolName
-
-    return PoolName(text)
 
 
 def test_each_pool_has_pages_of_its_own_under_the_same_hash(
@@ -190,9 +144,9 @@ def test_a_kv_pool_without_memory_leaves_it_to_the_others(
 ) -> None:
     """DeepSeek V4: the KV pool gives out indices only."""
     from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
-    from sglang.srt.mem_cache.memory_pool_host import LogicalHostPool
 
-    anchor, pages = LogicalHostPool(64, 4), make_pool("paged page_first")
+    anchor, pages = make_pool("logical page_first"), make_pool("paged page_first")
+    assert is_logical(anchor)
     backend = backends.open(anchor)
     backend.register_mem_host_pool_v2(anchor, PoolName.KV)
     backend.register_mem_host_pool_v2(pages, PoolName.DEEPSEEK_V4_C4)
@@ -206,6 +160,25 @@ def test_a_kv_pool_without_memory_leaves_it_to_the_others(
     )
     backend.batch_set_v2([put])
     assert backend.batch_exists_v2(keys, asked).kv_hit_pages == 3
+
+
+def test_a_kv_pool_without_memory_of_its_own_is_refused_and_not_answered_for(
+    backends: Any,
+) -> None:
+    """It would be told that all its pages came, and not one would have been read."""
+    owner, other = sidecar_pools.envelopes(4, 4, "page_first")
+    assert owner.kv_buffer is not None
+    assert other.kv_buffer is None
+    backend = backends.make()
+    keys = page_hashes(2)
+    with pytest.raises(NotImplementedError, match=r"'kv' \(UnifiedPageEnvelopeHostPool\)"):
+        backend.register_mem_pool_host(other)
+    assert backend.batch_exists(keys) == 0
+    assert backend.batch_get_v1(keys, torch.arange(8)) == [False, False]
+    assert not is_logical(owner)
+    assert not is_logical(other)
+    with pytest.raises(NotImplementedError, match=r"'kv'.*is not allocated"):
+        require_reachable(owner, "kv")  # nor does it say where a page lies that nobody holds
 
 
 @pytest.mark.parametrize("places", [None, 0, 1, 7])
