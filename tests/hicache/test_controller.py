@@ -18,14 +18,31 @@ from tests.hicache.test_backend import indices
 from tests.hicache.test_several_pools import content, fill
 
 PAGE, SPAN = 4, 6  # tokens; pages
-# Beside the KV pool: pool, kind, how many of the last pages it needs (0: of all, where the KV lies).
+# Beside the KV pool, which of "compressed" has no memory: pool, kind, how many of the last pages it needs (0: of all, where the KV lies).
 SIDECARS: dict[str, list[tuple[str, str, int]]] = {
-    "indexer": [("indexer", "mha page_first", 0)],
-    "draft model": [("draft", "mha page_first", 0), ("draft_swa", "mha page_first_direct", 2)],
+    "indexer": [("indexer", "key_only page_first", 0)],
+    "indexer of layers": [("indexer", "key_only layer_first", 0)],
+    "indexer and state": [
+        ("indexer", "qsa_indexer page_first", 0),
+        ("mamba", "mamba page_first", 1),
+    ],
+    "draft model": [
+        ("draft", "mha page_first", 0),
+        ("draft_indexer", "qsa_indexer page_first", 0),
+        ("draft_swa", "mha page_first_direct", 2),
+    ],
     "window": [("swa", "mha page_first", 2), ("auxiliary_swa", "mha layer_first", 3)],
     "state": [("mamba", "mamba page_first", 1)],
     "window and state": [("swa", "mha page_first", 2), ("mamba", "mamba page_first_direct", 1)],
-    "compressed": [("deepseek_v4_c4", "paged page_first", 0)],
+    "compressed": [
+        ("deepseek_v4_c4", "paged page_first", 0),
+        ("deepseek_v4_c4_indexer", "paged page_first", 0),
+        ("deepseek_v4_c4_indexer_scale", "paged page_first_direct", 0),
+        ("deepseek_v4_c4_rope", "paged layer_first", 0),
+        ("swa", "paged page_first", 2),
+        ("deepseek_v4_c4_state", "compress_state page_first", 2),
+        ("deepseek_v4_c4_indexer_state", "compress_state layer_first", 2),
+    ],
 }
 MODELS = list(SIDECARS)
 MakePool = Callable[..., Any]
@@ -37,7 +54,8 @@ class Side:
     def __init__(self, model: str, make_pool: MakePool, config: Any) -> None:
         from sglang.srt.mem_cache.hicache_storage import PoolName
 
-        kinds = {"kv": "mha page_first"} | {name: kind for name, kind, _ in SIDECARS[model]}
+        anchor = "logical page_first" if model == "compressed" else "mha page_first"
+        kinds = {"kv": anchor} | {name: kind for name, kind, _ in SIDECARS[model]}
         self.pools = {
             PoolName(name): make_pool(kind, pages=3 * SPAN) for name, kind in kinds.items()
         }
