@@ -80,6 +80,24 @@ def test_statistics_are_kept_where_sglang_collects_them(metrics: bool, create: C
     assert (create(metrics=metrics).get_stats() is not None) == metrics
 
 
+@pytest.mark.parametrize(
+    ("extra", "fields", "declines"),
+    [
+        ({}, {}, True),
+        ({"restore": "when-faster"}, {"hicache_host_memory_mode": "cache"}, True),
+        ({"restore": "always"}, {}, False),
+        ({}, {"hicache_host_memory_mode": "buffer_only"}, False),
+        ({"restore": "when-faster"}, {"hicache_host_memory_mode": "buffer_only"}, False),
+    ],
+    ids=str,
+)
+def test_what_is_computed_sooner_is_declined_unless_the_user_or_the_host_pool_forbids_it(
+    extra: dict[str, Any], fields: dict[str, str], declines: bool, create: Create
+) -> None:
+    """In `buffer_only` SGLang would take a page that is declined for one that is not stored."""
+    assert (create(extra=extra, **fields)._recompute is not None) == declines
+
+
 def test_a_mistake_names_its_key_also_when_attached_at_run_time(create: Create) -> None:
     with pytest.raises(ConfigError, match=r"did you mean cpu.size\?"):
         create(extra={"cpu": {"sise": 1}})
