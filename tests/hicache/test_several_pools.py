@@ -14,6 +14,8 @@ from tests.hicache import sidecar_pools
 from tests.hicache.test_backend import buffers, indices, page_hashes
 from tests.hicache.test_backend import content as parts_of_page
 
+BATCH, WINDOW = 1024, 64  # pages
+
 MakePool = Callable[..., Any]
 
 
@@ -181,6 +183,47 @@ def test_a_kv_pool_without_memory_of_its_own_is_refused_and_not_answered_for(
         require_reachable(owner, "kv")  # nor does it say where a page lies that nobody holds
 
 
+def test_clearing_forgets_the_pages_of_all_pools_and_of_no_other_model(
+    make_pool: MakePool, backends: Any
+) -> None:
+    from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+
+    kinds = {"kv": "mha page_first", "swa": "wide page_first", "mamba": "mamba page_first"}
+    pools = {PoolName(name): make_pool(kind) for name, kind in kinds.items()}
+    keys = page_hashes(3)
+
+    def serving(model: str, beside: Any = None) -> Any:
+        backend = backends.make(model=model, beside=beside)
+        backend.register_mem_pool_host(pools[PoolName.KV])
+        for name, pool in pools.items():
+            backend.register_mem_host_pool_v2(pool, name)
+        backend.on_host_pools_registered()
+        return backend
+
+    def stored(backend: Any) -> dict[str, list[bool]]:
+        return {
+            name.value: backend._chain.exists([pool.namespace + bytes.fromhex(key) for key in keys])
+            for name, pool in backend.pools.items()
+        }
+
+    mine = serving("model")
+    theirs = serving("another model", beside=mine)
+    for backend in (mine, theirs):
+        for name, pool in pools.items():
+            put = PoolTransfer(name, host_indices=indices(pool, [0, 1, 2]), keys=keys)
+            assert backend.batch_set_v2([put]) == {name: [True] * 3}
+    assert mine._chain.flush(30.0)
+    everything, nothing = (dict.fromkeys(kinds, [there] * 3) for there in (True, False))
+    assert stored(mine) == stored(theirs) == everything
+    mine.clear()
+    assert stored(mine) == nothing
+    assert stored(theirs) == everything
+    mine.close()
+    mine = serving("model")  # nor does a restart bring them back
+    assert stored(mine) == nothing
+    assert stored(serving("another model", beside=mine)) == everything
+
+
 @pytest.mark.parametrize("places", [None, 0, 1, 7])
 def test_places_that_do_not_match_the_keys_move_nothing(
     places: int | None, make_pool: MakePool, backends: Any
@@ -211,12 +254,22 @@ def test_a_pool_that_is_not_registered_is_a_miss(make_pool: MakePool, backends: 
 def test_one_lookup_serves_all_pools_of_a_long_request(
     make_pool: MakePool, backends: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """250,000 tokens in pages of 16, and a window beside them."""
+    """250,000 tokens in pages of 16, stored to the last, and a window beside them."""
     from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
-    backend = backends.open(make_pool("mha page_first"))
-    backend.register_mem_host_pool_v2(make_pool("mha page_first", head_dim=4), PoolName.SWA)
+    kv, swa = (
+        make_pool("mha page_first", page_size=16, heads=1, head_dim=width, pages=BATCH)
+        for width in (8, 4)
+    )
+    backend = backends.open(kv, cpu=0, disk="320MiB")
+    backend.register_mem_host_pool_v2(swa, PoolName.SWA)
     keys = page_hashes(250_000 // 16)
+    window = keys[-WINDOW:]
+    for start in range(0, len(keys), BATCH):
+        batch = keys[start : start + BATCH]
+        assert all(backend.batch_set_v1(batch, indices(kv, list(range(len(batch))))))
+    put = PoolTransfer(PoolName.SWA, host_indices=indices(swa, list(range(WINDOW))), keys=window)
+    assert backend.batch_set_v2([put]) == {PoolName.SWA: [True] * WINDOW}
     lookups: list[int] = []
 
     def counted(exists: Callable[[list[bytes]], list[bool]]) -> Callable[[list[bytes]], list[bool]]:
@@ -227,11 +280,14 @@ def test_one_lookup_serves_all_pools_of_a_long_request(
         look.__name__ = "exists"
         return look
 
-    for tier in backend._chain.tiers:
-        monkeypatch.setattr(tier, "exists", counted(tier.exists))
-    asked = PoolTransfer(PoolName.SWA, keys=keys[-64:], hit_policy=PoolHitPolicy.TRAILING_PAGES)
-    assert backend.batch_exists_v2(keys, [asked]).kv_hit_pages == 0
-    assert lookups == [2 * len(keys)] * len(backend._chain.tiers)
+    (tier,) = backend._chain.tiers
+    monkeypatch.setattr(tier, "exists", counted(tier.exists))
+    asked = PoolTransfer(PoolName.SWA, keys=window, hit_policy=PoolHitPolicy.TRAILING_PAGES)
+    found = backend.batch_exists_v2(keys, [asked])
+    assert (found.kv_hit_pages, found.restorable_prefix_pages) == (15_625, [15_625])
+    assert lookups == [2 * len(keys)]
+    assert backend.batch_exists(keys) == 15_625
+    assert lookups == [2 * len(keys), len(keys)]
 
 
 def test_a_recurrent_state_is_cut_by_ranks_and_latent_kv_is_not(
