@@ -15,11 +15,13 @@ import json
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..hicache import patience
 from .rank_content import Content, scribble
 from .rank_pools import Family, components, device_pools
 
@@ -47,10 +49,10 @@ class RankTree:
         settings: dict[str, Any] | None = None,
     ) -> None:
         self.family = family
-        arguments = _publish(family, model, store, rank, settings or {})
+        self._arguments = _publish(family, model, store, rank, settings or {})
         self.pools = device_pools(family)
         self.content = Content(family, self.pools, rank)
-        self.cache = self._tree(arguments, group)
+        self.cache = self._tree(self._arguments, group)
         self._requests = 0
 
     def _tree(self, arguments: Any, group: torch.distributed.ProcessGroup | None) -> Any:
@@ -117,25 +119,34 @@ class RankTree:
 
     def prefetch(self, tokens: list[int]) -> int:
         """Bring to the host what the store has of a prompt, as Scheduler._prefetch_kvcache does; its tokens."""
-        from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
-
-        match = self._match(tokens)
-        there = match.device_prefix_len + match.host_hit_length
-        anchor = match.last_host_node
-        self._requests += 1
-        request = CacheRequestHandle(f"request {self._requests}", 0)
-        keys = self.cache.hicache_storage_pass_prefix_keys
-        self.cache.prefetch_from_storage(
-            request,
-            anchor,
-            array("q", tokens[there:]),
-            self.cache.get_last_hash_value(anchor),
-            self.cache.get_prefix_hash_values(anchor) if keys else None,
-            matched_prefix_tokens=array("q", tokens[:there]),
-        )
-        assert self.cache.has_ongoing_prefetch(request), "SGLang did not ask the store"
+        request = self._ask_for(tokens)
         self._pump(lambda: self.cache.check_prefetch_progress(request))
         return int(self.cache.pop_prefetch_loaded_tokens(request))
+
+    def budget(self, tokens: list[int]) -> dict[str, Any]:
+        """What a prefetch of a prompt may take, in seconds: by SGLang's own clock, and by `patience`.
+
+        Returns:
+            reading: what a read of this controller gets, until SGLang has looked for the first time whether it is done.
+            sglang: what SGLang gives it then; None where its policy has no budget.
+            equal: whether `patience` says what is left of that, while SGLang's clock runs.
+        """
+        cache = self.cache
+        request = self._ask_for(tokens)
+        operation = cache.ongoing_prefetch[request].operation
+        with patience.reading(cache.cache_controller, copy(operation)):  # the thread reads for it
+            reading = patience.current().seconds
+        assert not cache.check_prefetch_progress(request)
+        wait = cache._storage_prefetch_wait.get(request)
+        most = wait and wait.timeout_s - wait.timer.elapsed()
+        left = patience.left(cache, operation)
+        least = wait and wait.timeout_s - wait.timer.elapsed()
+        self._pump(lambda: cache.check_prefetch_progress(request))
+        return {
+            "reading": reading,
+            "sglang": wait and wait.timeout_s,
+            "equal": left is None if wait is None else least <= left <= most < wait.timeout_s,
+        }
 
     def load_back(self, tokens: list[int]) -> tuple[int, dict[str, bool]]:
         """Bring to the device what the host has of a prompt: its tokens there, and whether each pool of
@@ -191,10 +202,30 @@ class RankTree:
         host = self.cache.host_pool_group.entries
         return {str(entry.name.value): int(entry.host_pool.available_size()) for entry in host}
 
-    def close(self) -> None:
+    def clear(self) -> bool:
+        """Forget what the store has of this rank, as the admin route does; whether SGLang says that it is gone."""
+        return bool(self.cache.clear_storage_backend())
+
+    def detach(self) -> None:
         """Stop the storage threads and close the store. Raises: AssertionError, with SGLang's reason."""
         done, why = self.cache.detach_storage_backend()
         assert done, why
+        assert not self.cache.enable_storage
+        assert self._backend is None
+
+    def attach(self) -> None:
+        """Open the store anew in the running engine, as the admin route does. Raises: as `detach`."""
+        done, why = self.cache.attach_storage_backend(
+            self._arguments.hicache_storage_backend,
+            self._arguments.hicache_storage_backend_extra_config,
+            self._arguments.served_model_name,
+        )
+        assert done, why
+        assert self.cache.enable_storage
+
+    def close(self) -> None:
+        """Leave the store as an engine does that ends."""
+        self.detach()
 
     @property
     def _backend(self) -> Any:
@@ -207,6 +238,27 @@ class RankTree:
         hashes = get_hash_str(tokens, page_size=self.family.page_size)
         stored = next(kept for name, kept in self._backend.pools.items() if name.value == pool)
         return [stored.namespace + bytes.fromhex(each) for each in hashes]
+
+    def _ask_for(self, tokens: list[int]) -> Any:
+        """Begin a prefetch of what neither device nor host has of a prompt: SGLang's handle of it."""
+        from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
+
+        match = self._match(tokens)
+        there = match.device_prefix_len + match.host_hit_length
+        anchor = match.last_host_node
+        self._requests += 1
+        request = CacheRequestHandle(f"request {self._requests}", 0)
+        keys = self.cache.hicache_storage_pass_prefix_keys
+        self.cache.prefetch_from_storage(
+            request,
+            anchor,
+            array("q", tokens[there:]),
+            self.cache.get_last_hash_value(anchor),
+            self.cache.get_prefix_hash_values(anchor) if keys else None,
+            matched_prefix_tokens=array("q", tokens[:there]),
+        )
+        assert self.cache.has_ongoing_prefetch(request), "SGLang did not ask the store"
+        return request
 
     def _match(self, tokens: list[int], request: Any = None) -> Any:
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams

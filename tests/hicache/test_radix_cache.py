@@ -172,6 +172,72 @@ def test_so_it_is_with_other_settings(
         assert ranks.call("restore", tokens) == whole(family, PAGES)
 
 
+# --- while the engine serves ---
+
+
+@pytest.mark.parametrize("ranks_of_it", [1, 2])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_stored_before_a_detach_comes_back_after_an_attach(
+    name: str, ranks_of_it: int, nursery: Nursery, store: Store
+) -> None:
+    family = Family(name, 16, ranks=ranks_of_it)
+    tokens, meanwhile = prompt(family), prompt(family, first=9000)
+    with evicted(nursery, family, store) as ranks:
+        ranks.call("detach")
+        ranks.call("write", meanwhile)
+        ranks.call("forget")
+        assert ranks.call("matched", tokens) == [[0, 0]] * family.ranks
+        ranks.call("attach")
+        assert ranks.call("prefetch", meanwhile) == [0] * family.ranks
+        assert ranks.call("restore", tokens) == whole(family, PAGES)
+        ranks.call("forget")
+        assert ranks.call("write", meanwhile) == [0] * family.ranks  # and is stored again
+        ranks.call("forget")
+        assert ranks.call("restore", meanwhile) == whole(family, PAGES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_clear_forgets_what_both_ranks_have_and_nothing_of_another_model(
+    name: str, nursery: Nursery, store: Store
+) -> None:
+    family = Family(name, 16, ranks=2)
+    tokens = prompt(family)
+    another = {"served_model_name": "another"}
+    with nursery.ranks(family, store, **another) as ranks:
+        converse(ranks, family)
+    with evicted(nursery, family, store) as ranks:
+        for pool in POOLS[name]:
+            assert all(any(pages) for pages in ranks.call("stored", pool, tokens))
+        assert ranks.call("clear") == [True, True]
+        for pool in POOLS[name]:
+            assert ranks.call("stored", pool, tokens) == [[False] * PAGES] * 2
+        assert ranks.call("prefetch", tokens) == [0, 0]
+        converse(ranks, family)  # stored anew
+        ranks.call("forget")
+        assert ranks.call("restore", tokens) == whole(family, PAGES)
+    with nursery.ranks(family, store, **another) as ranks:
+        assert ranks.call("restore", tokens) == whole(family, PAGES)
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget"), [("timeout", 2.0 + PAGES * 0.125), ("wait_complete", None)]
+)
+def test_a_read_has_the_budget_that_sglang_gives_the_request(
+    policy: str, budget: float | None, nursery: Nursery, store: Store
+) -> None:
+    """Of SGLang's own tree: a name that it changes fails here, and not as a read without an end."""
+    family = Family("mha", 16)
+    keys = {"prefetch_timeout_base": 2.0, "prefetch_timeout_per_ki_token": 8.0}  # 0.125 s a page
+    expected = {"reading": budget, "sglang": budget, "equal": True}
+    settings = {"hicache_storage_prefetch_policy": policy}
+    with evicted(nursery, family, store | keys, **settings) as ranks:
+        assert ranks.call("budget", prompt(family)) == [expected]
+        ranks.call("forget")
+        ranks.call("detach")
+        ranks.call("attach")
+        assert ranks.call("budget", prompt(family)) == [expected]
+
+
 # --- pages that only one rank has ---
 
 
