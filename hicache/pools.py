@@ -30,6 +30,11 @@ _SHAPE = (
 _PLAIN = ("MHATokenToKVPoolHost", "AsymmetricMHATokenToKVPoolHost", "MLATokenToKVPoolHost")
 
 
+# Orders in which the device holds the rows of a page token by token. In any other (heads first, or vectors for AMD's
+# kernels: SGLANG_USE_HND_KVCACHE, SGLANG_AITER_KV_CACHE_LAYOUT) SGLang copies whole pages to the host as they are.
+_BY_TOKEN = ("nhd", "paged_nhd")
+
+
 class HostPool(Protocol):
     """What this package uses of `sglang.srt.mem_cache.pool_host.base.HostKVCache`."""
 
@@ -166,8 +171,17 @@ def _layers(pool: HostPool) -> tuple[int, int]:
 def _shape(pool: HostPool) -> dict[str, str]:
     """What else tells two pools apart; nothing of those whose pages are plain rows of K and V."""
     named = {key: str(getattr(pool, key)) for key in _SHAPE if getattr(pool, key, None) is not None}
+    order = _order_on_device(pool)
+    if order not in _BY_TOKEN:
+        named["order"] = order
     name = type(pool).__name__
     return named if name in _PLAIN else named | {"class": name}
+
+
+def _order_on_device(pool: HostPool) -> str:
+    """SGLang's `KVBufferLayout` of a pool of K and V; others have one order only."""
+    infos = getattr(pool, "_buffer_infos", None)
+    return str(infos[0].buffers.layout.value) if infos else _BY_TOKEN[0]
 
 
 def _first_layer(pool: HostPool) -> int:

@@ -38,6 +38,7 @@ def _make_pool(
     head_dim: int = 8,
     heads: int = 2,
     layers: tuple[int, int] = (0, LAYERS),
+    order: str = "nhd",
 ) -> Any:
     """A host pool.
 
@@ -45,6 +46,7 @@ def _make_pool(
         kind: "<device pool> <layout>", as in test_backend.KINDS and test_every_pool.POOLS.
         heads: of an MHA pool.
         layers: of an MHA or MLA pool: the first, and one past the last.
+        order: of the bytes of an MHA pool's pages on the device, SGLang's `KVBufferLayout`.
     """
     from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
 
@@ -58,9 +60,9 @@ def _make_pool(
     with host_memory_budget_scope(HOST_BUDGET):
         match device_pool:
             case "mha":
-                return _mha(head_dim, head_dim, heads=heads, layers=layers, **size)
+                return _mha(head_dim, head_dim, heads, layers, order, **size)
             case "wide":
-                return _mha(head_dim, head_dim // 2, heads=heads, layers=layers, **size)
+                return _mha(head_dim, head_dim // 2, heads, layers, order, **size)
             case "mla":
                 return _mla(indexed=False, layers=layers, **size)
             case "dsa":
@@ -77,6 +79,7 @@ def _mha(
     v_width: int,
     heads: int,
     layers: tuple[int, int],
+    order: str,
     dtype: torch.dtype,
     layout: str,
     page_size: int,
@@ -94,7 +97,7 @@ def _mha(
         v=v,
         k_data_ptrs=_addresses(k),
         v_data_ptrs=_addresses(v),
-        layout=KVBufferLayout.NHD,
+        layout=KVBufferLayout(order),
     )
     info = MHABufferInfo(
         buffers=buffers,

@@ -25,13 +25,14 @@ MakePool = Callable[..., Any]
 
 
 class Topology(NamedTuple):
-    """Of an engine: ranks of tensor parallelism, the layers of each pipeline stage, and the layout."""
+    """Of an engine: ranks of tensor parallelism, the layers of each pipeline stage, and the layouts."""
 
     tp: int = 1
     stages: tuple[int, ...] = (LAYERS,)
     layout: str = "page_first"
     kind: str = "mha"
     heads: int = HEADS
+    order: str = "nhd"  # on the device
 
     def ranks(self) -> Iterator[tuple[int, tuple[int, int]]]:
         first = 0
@@ -69,6 +70,7 @@ class Rank:
             heads=held,
             layers=layers,
             dtype=torch.float32,
+            order=topology.order,
         )
         self.backend = backends.open(
             self.pool,
@@ -188,6 +190,30 @@ def test_a_page_of_one_topology_is_whole_in_another(
     stored_by(start(writer), keys)
     for rank in start(reader):
         assert rank.backend.batch_exists(keys) == PAGES
+        assert rank.get(keys) == [True] * PAGES
+        assert rank.wrong() == 0
+
+
+@pytest.mark.parametrize("layout", ["page_first", "page_first_direct"])
+@pytest.mark.parametrize("order", ["hnd", "vectorized_5d"])
+def test_pages_that_the_device_orders_otherwise_are_neither_shared_nor_taken_apart(
+    order: str, layout: str, start: Start
+) -> None:
+    """SGLang brings them to the host as they are, and calls the host pool's layout the same."""
+    keys, usual = page_hashes(PAGES), Topology(layout=layout)
+    ordered = usual._replace(order=order)
+    stored_by(start(ordered), keys)
+    found = [
+        [rank.backend.batch_exists(keys) for rank in start(topology)]
+        for topology in (usual, ordered._replace(tp=2), ordered)
+    ]
+    assert found == [[0], [0, 0], [PAGES]]
+
+
+def test_pages_that_an_npu_holds_in_blocks_of_tokens_are_those_of_others(start: Start) -> None:
+    keys = page_hashes(PAGES)
+    stored_by(start(Topology(order="paged_nhd")), keys)
+    for rank in start(Topology(tp=2)):
         assert rank.get(keys) == [True] * PAGES
         assert rank.wrong() == 0
 
