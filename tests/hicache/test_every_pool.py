@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache_sglang.hicache.stored_pool import WholePages
+from lmcache_sglang.hicache.stored_pool import WholePages, require_reachable
 from tests.hicache.sidecar_pools import ALL_LAYOUTS
 from tests.hicache.test_backend import indices, page_hashes
 from tests.hicache.test_several_pools import content, fill
@@ -62,7 +62,7 @@ CLASSES = {
     "nvfp4_main": "MiniMaxM3Nvfp4MainKVPoolHost",
     "nvfp4_index": "MiniMaxM3Nvfp4IndexKPoolHost",
 }
-LAYOUTS = {
+LAYOUTS = {  # where not those that are most pools'
     "mha": (*ALL_LAYOUTS, "page_head"),
     "wide": ("page_first", "page_first_direct"),
     "mla": (*ALL_LAYOUTS, "page_first_kv_split"),
@@ -134,6 +134,13 @@ def test_pages_of_every_pool_come_back_whole_and_elsewhere(
     for page in (0, 1, 3):
         assert content(pool, target[page]) == before[page]
     assert [content(pool, place) for place in source] == others, "what was not asked for is touched"
+
+
+@pytest.mark.parametrize("kind", ["mha page_unified", "mla page_unified"])
+def test_pages_that_sglang_gives_to_no_storage_are_refused(kind: str, make_pool: MakePool) -> None:
+    """A layout of SGLang's own grid: its pools say neither where a page lies nor what it holds."""
+    with pytest.raises(NotImplementedError, match=r"'kv'.*Unsupported layout: page_unified"):
+        require_reachable(make_pool(kind), "kv")
 
 
 def found(backend: Any, name: str, keys: list[str]) -> int:
