@@ -363,11 +363,11 @@ def _require_reachable_pools(
     """Refuse before SGLang starts its storage threads: it does not stop them when a pool is refused."""
     if storage_backend != NAME:
         return
-    from .hicache.stored_pool import require_reachable
+    from .hicache.stored_pool import is_logical, require_reachable
 
     for entry in host_pools or ():
         is_anchor = getattr(entry, "is_primary_index_anchor", False)
-        if is_anchor and getattr(entry.host_pool, "kv_buffer", None) is None:
+        if is_anchor and is_logical(entry.host_pool):
             continue  # it gives out indices, and has no pages of its own
         try:
             require_reachable(entry.host_pool, str(entry.name))

@@ -415,6 +415,7 @@ def test_an_attach_that_fails_half_way_is_undone(
         f"""
         from sglang.srt.managers.cache_controller import HiCacheController
         from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+        from sglang.srt.mem_cache.memory_pool_host import LogicalHostPool
         def attach(self, storage_backend, **_):
             if self.enable_storage:
                 raise RuntimeError("already attached")
@@ -433,9 +434,8 @@ def test_an_attach_that_fails_half_way_is_undone(
         controller.pp_prefetch_command_group = None
         controller.enable_storage, controller.storage_backend_type = {was_attached}, {backend!r}
         controller.storage_backend = SimpleNamespace(register_mem_host_pool_v2=refuse)
-        pool = SimpleNamespace(
-            host_pool=SimpleNamespace(kv_buffer=None), name="kv", is_primary_index_anchor=True
-        )
+        anchor = LogicalHostPool(64, 16, "page_first")
+        pool = SimpleNamespace(host_pool=anchor, name="kv", is_primary_index_anchor=True)
         try:
             controller.attach_storage_backend(storage_backend={backend!r}, host_pools=[pool])
         except (ValueError, RuntimeError) as error:
@@ -445,6 +445,37 @@ def test_an_attach_that_fails_half_way_is_undone(
     )
     why = "already attached" if was_attached else "no room"
     assert answer.result == [[NAME] if undone else [], why]
+
+
+@needs_sglang
+@pytest.mark.parametrize(("backend", "passes"), [(NAME, False), ("mooncake", True)])
+def test_pools_whose_pages_cannot_be_reached_are_refused_before_anything_starts(
+    backend: str, passes: bool, scenario: Scenario
+) -> None:
+    """A KV pool without memory is not one that merely gives out indices."""
+    answer = scenario(
+        f"""
+        from sglang.srt.managers.cache_controller import HiCacheController
+        from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+        started = []
+        HiCacheController.attach_storage_backend = lambda *_, **__: started.append(True)
+        load_plugins()
+        controller = object.__new__(HybridCacheController)
+        controller.storage_host_pool, controller.host_memory_mode = None, "cache"
+        controller.storage_backend = SimpleNamespace(
+            register_mem_host_pool_v2=lambda *_: None, on_host_pools_registered=lambda: None
+        )
+        elsewhere = SimpleNamespace(kv_buffer=None, page_size=16, dcp_size=1)
+        pool = SimpleNamespace(host_pool=elsewhere, name="kv", is_primary_index_anchor=True)
+        why = None
+        try:
+            controller.attach_storage_backend(storage_backend={backend!r}, host_pools=[pool])
+        except Exception as error:
+            why = type(error).__name__
+        result = [bool(started), why]
+        """
+    )
+    assert answer.result == [passes, None if passes else "UnsupportedEngineError"]
 
 
 @needs_sglang

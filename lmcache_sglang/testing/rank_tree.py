@@ -127,7 +127,7 @@ class RankTree:
         """What a prefetch of a prompt may take, in seconds: by SGLang's own clock, and by `patience`.
 
         Returns:
-            reading: what a read of this controller gets, until SGLang has looked for the first time whether it is done.
+            reading: what a read of this controller gets, to a tenth, until SGLang has looked for the first time whether it is done.
             sglang: what SGLang gives it then; None where its policy has no budget.
             equal: whether `patience` says what is left of that, while SGLang's clock runs.
         """
@@ -135,7 +135,8 @@ class RankTree:
         request = self._ask_for(tokens)
         operation = cache.ongoing_prefetch[request].operation
         with patience.reading(cache.cache_controller, copy(operation)):  # the thread reads for it
-            reading = patience.current().seconds
+            until = patience.current().until
+            reading = until and round(until - time.monotonic(), 1)
         assert not cache.check_prefetch_progress(request)
         wait = cache._storage_prefetch_wait.get(request)
         most = wait and wait.timeout_s - wait.timer.elapsed()

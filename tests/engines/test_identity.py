@@ -57,8 +57,10 @@ def test_another_page_size_never_shares(
 ) -> None:
     with server(model, Setup(store, args=POOL, page_size=32), folder / "page32.log") as engine:
         answer = ask(engine, FIRST)
+        log = engine.log
     assert answer.storage == 0
     assert answer.tokens == first.tokens
+    assert "cannot be read here: page_size 16, here 32" in log
 
 
 def test_the_same_model_elsewhere_shares(folder: Path, store: Path, first: Answer) -> None:
