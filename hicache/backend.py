@@ -192,7 +192,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         for name, pool in self._pools.items():
             logger.info(
                 "lmcache: pool %s: the weights were replaced; namespace %s until they are again, or the "
-                "process ends",
+                "engine ends",
                 name,
                 pool.namespace.hex(),
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from uuid import uuid4
 
 import msgspec
 
@@ -114,11 +113,11 @@ def _fingerprint(model_path: str, revision: str | None) -> str:
     except OSError as error:
         logger.warning(
             "lmcache: the weights of %s cannot be looked at (%s), so nobody could tell them from others: "
-            "its pages are for this process only, and cold after a restart",
+            "its pages are for this engine only, and cold after a restart",
             model_path,
             error,
         )
-        return f"{UNREAD}{uuid4().hex}"
+        return f"{UNREAD}{weights.temporary()}"
 
 
 def _local(model_path: str, revision: str | None) -> Path:

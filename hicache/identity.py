@@ -56,7 +56,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lasting(self) -> bool:
-        """Whether another process can ever have the same identity."""
+        """Whether another engine can ever have the same identity."""
         return "weights" not in self.settings and not self.fingerprint.startswith(UNREAD)
 
 

@@ -8,7 +8,7 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     ServerArgs.resolve_once                         settings are checked, HiCache is turned on
     hicache_hook.resolve_storage_layout_…           layer_first becomes page_first, as for Mooncake
     StorageBackendFactory._create_builtin_backend   makes the backend, under its own name
-    HiCacheController.attach_storage_backend        selects the zero-copy calls
+    HiCacheController.attach_storage_backend        selects the zero-copy calls; which ranks attach
     HybridCacheController.attach_storage_backend    refuses pools whose pages cannot be reached, or kept
     HybridCacheController.should_backup             stores all ranks' parts of a draft model
     LoRARef.deterministic_id                        adapters are told apart by their weights too
@@ -160,6 +160,7 @@ def activate() -> None:
     HookRegistry.register(_RESOLVE, _prepare, HookType.BEFORE)
     HookRegistry.register(_LAYOUT, _prefer_page_first, HookType.AFTER)
     HookRegistry.register(_CREATE, _create, HookType.AROUND)
+    HookRegistry.register(_ATTACH, _note_the_ranks, HookType.BEFORE)
     HookRegistry.register(_ATTACH, _select_zero_copy, HookType.AFTER)
     HookRegistry.register(_ATTACH_POOLS, _require_reachable_pools, HookType.BEFORE)
     HookRegistry.register(_ATTACH_POOLS, _attach_whole, HookType.AROUND)
@@ -312,6 +313,9 @@ def _create(
 
 def create_backend(storage_config: Any) -> Any:
     """The backend of one rank. Raises: ConfigError, and then SGLang does not start or attach."""
+    from .hicache import weights
+
+    weights.begin(_ranks)  # first: the other ranks wait for it
     from .hicache.backend import LMCacheBackend
     from .hicache.engine import draft_identity, keeps_pages, kv_heads, model_identity
     from .hicache.recompute import Recompute
@@ -335,6 +339,15 @@ def create_backend(storage_config: Any) -> Any:
         kv_heads=heads,
         recompute=recompute,
     )
+
+
+_ranks: Any = None  # those that attach together: a process group
+
+
+def _note_the_ranks(controller: Any, storage_backend: Any = None, *_: Any, **__: Any) -> None:
+    global _ranks
+    if storage_backend == NAME:
+        _ranks = getattr(controller, "tp_group", None)
 
 
 def _load_page_hash() -> None:
@@ -421,8 +434,7 @@ def _forget_replaced_weights(*_: Any, **__: Any) -> None:
     """
     from .hicache import weights
 
-    if weights.epoch():
-        weights.replaced()
+    weights.emptied()
 
 
 _user_chose = False  # of the extra config that SGLang parsed last, just before it applies it

@@ -357,6 +357,25 @@ def test_adapters_keep_sglangs_id_without_the_flag(scenario: Scenario, adapter: 
 
 
 @needs_sglang
+@pytest.mark.parametrize("backend", [NAME, "file"])
+def test_the_ranks_that_attach_are_noted_for_our_name_only(
+    backend: str, scenario: Scenario
+) -> None:
+    answer = scenario(
+        f"""
+        load_plugins()
+        from sglang.srt.managers.cache_controller import HiCacheController
+        controller = SimpleNamespace(enable_storage=True, tp_group="these")
+        try:
+            HiCacheController.attach_storage_backend(controller, {backend!r})
+        except RuntimeError:  # SGLang: there is one attached
+            result = sglang_plugin._ranks
+        """
+    )
+    assert answer.result == ("these" if backend == NAME else None)
+
+
+@needs_sglang
 def test_the_factory_makes_our_backend_for_our_name_only(scenario: Scenario) -> None:
     """The seam of start and of the admin route alike."""
     answer = scenario(

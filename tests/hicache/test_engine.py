@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lmcache_sglang.hicache import weights
 from lmcache_sglang.hicache.engine import draft_identity, model_identity
 
 Serving = Callable[..., AbstractContextManager[Any]]
@@ -83,7 +84,7 @@ def test_layers_of_the_targets_own_files_need_no_other_fingerprint(
     assert draft != target
 
 
-def test_a_draft_model_that_cannot_be_read_is_this_processs_own(
+def test_a_draft_model_that_cannot_be_read_is_this_engines_own(
     serving: Serving, model: Path, tmp_path: Path
 ) -> None:
     missing = str(tmp_path / "missing")
@@ -93,7 +94,9 @@ def test_a_draft_model_that_cannot_be_read_is_this_processs_own(
         speculative_draft_model_path=missing,
     ):
         target = model_identity("m")
-        one, other = draft_identity(target), draft_identity(target)
+        one = draft_identity(target)
+        weights.begin()
+        other = draft_identity(target)
     assert one is not None
     assert other is not None
     assert target.lasting
@@ -157,6 +160,7 @@ def test_weights_that_cannot_be_looked_at_are_said_so_and_never_taken_for_others
     seen = set()
     for place in places:
         for revision in (None, None, "v2"):
+            weights.begin()
             with serving(model_path=place, revision=revision):
                 seen.add(model_identity("m").fingerprint)
             assert place in caplog.text

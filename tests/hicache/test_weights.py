@@ -11,20 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache_sglang.errors import UnsupportedEngineError
+from lmcache_sglang import sglang_plugin
+from lmcache_sglang.errors import ConfigError, UnsupportedEngineError
 from lmcache_sglang.hicache import weights
 from lmcache_sglang.sglang_plugin import (
     NAME,
     _back_up_every_shard,
     _forget_replaced_weights,
     _require_reachable_pools,
+    create_backend,
 )
 
 
 @pytest.fixture(autouse=True)
-def own_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_epoch", "")
-    monkeypatch.setattr(weights, "_listeners", [])
+def own_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_state", weights._State())
 
 
 class Listener:
@@ -45,11 +46,61 @@ def test_each_replacement_is_told_under_a_name_of_its_own() -> None:
     assert listener.heard[-1] == weights.epoch() != ""
 
 
+def test_a_name_is_never_given_twice_not_even_after_another_attach() -> None:
+    given = []
+    for _ in range(3):
+        weights.begin()
+        given.append(weights.temporary())
+        for step in (weights.replaced, weights.emptied, weights.emptied, weights.replaced):
+            step()
+            given.append(weights.epoch())
+    assert len(set(given)) == len(given) == 15
+
+
+def test_a_name_lasts_until_the_next_replacement() -> None:
+    assert weights.temporary() == weights.temporary()
+    assert weights.epoch() == ""
+    weights.replaced()
+    assert weights.epoch() == weights.temporary() == weights.temporary()
+
+
+def test_ranks_that_are_told_the_same_have_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rank misses of the resets, which need not be collective, costs it hits until the next update."""
+    rank, other = weights._State(engine="of both"), weights._State(engine="of both")
+    names: list[list[str]] = [[], []]
+    steps = (weights.replaced, weights.replaced, weights.emptied, weights.replaced)
+    for told, state in zip(names, (rank, other), strict=True):
+        monkeypatch.setattr(weights, "_state", state)
+        for step in steps:
+            if state is rank or step is not weights.emptied:
+                step()
+            told.append(weights.temporary())
+    assert [one == two for one, two in zip(*names, strict=True)] == [True, True, False, True]
+
+
+def test_a_backend_meets_the_other_ranks_before_it_can_be_refused(
+    sglang: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake that only one rank makes must not leave the others waiting."""
+    met: list[Any] = []
+    monkeypatch.setattr(weights, "begin", met.append)
+    monkeypatch.setattr(sglang_plugin, "_ranks", "all")
+    with pytest.raises(ConfigError):
+        create_backend(SimpleNamespace(extra_config={"cpu": {"sise": 1}}))
+    assert met == ["all"]
+
+
+def test_weights_that_were_replaced_stay_so_after_another_attach() -> None:
+    weights.replaced()
+    weights.begin()
+    assert weights.epoch() != ""
+
+
 def test_who_is_gone_is_not_told() -> None:
     weights.on_replaced(Listener().hear)
     gc.collect()
     weights.replaced()
-    assert weights._listeners == []
+    assert weights._state.listeners == []
 
 
 def entry(name: str, pool: Any, is_anchor: bool = False) -> Any:
