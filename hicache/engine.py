@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from pathlib import Path
+from collections.abc import Mapping
 
 import msgspec
 
-from . import weights
-from .identity import UNREAD, ModelIdentity, fingerprint
+from . import sources, weights
+from .identity import UNREAD, ModelIdentity
+from .sources import Source
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,8 @@ _DRAFT_SETTINGS = (
     "speculative_draft_window_size",
     "speculative_draft_sink_size",
 )
-# Ways of loading that give the weights of the model's files as they are.
-_PLAIN_FORMATS = ("auto", "safetensors", "pt", "gguf", "mistral", "npcache", "fastsafetensors")
+# How experts are computed from the files of `kt_weight_path`, and which.
+_KT_SETTINGS = ("kt_method", "kt_num_gpu_experts", "kt_max_deferred_experts_per_token")
 
 
 def model_identity(served_name: str | None) -> ModelIdentity:
@@ -46,14 +47,19 @@ def model_identity(served_name: str | None) -> ModelIdentity:
 
     model = get_model()
     settings = {name: str(getattr(model, name)) for name in _SETTINGS}
-    if weights.epoch():
-        settings["weights"] = weights.epoch()
-    load_format = str(getattr(model.load_format, "value", model.load_format))
-    if load_format not in _PLAIN_FORMATS:  # dummy, say: random weights, whatever the files hold
+    load_format = sources.format_of(model.load_format)
+    if load_format not in sources.PLAIN_FORMATS:
         settings["load_format"] = load_format
+    doubts = list(sources.not_of_files())
+    settings |= _beside(sources.beside_the_model(), doubts) | _experts()
+    fingerprint = _fingerprint(sources.of_model())
+    for doubt in doubts:
+        _warn(doubt)
+    if doubts or weights.epoch():
+        settings["weights"] = weights.temporary()
     return ModelIdentity(
         name=served_name or str(model.model_path),
-        fingerprint=_fingerprint(str(model.model_path), model.revision),
+        fingerprint=fingerprint,
         kv_dtype=str(model.kv_cache_dtype),
         settings=settings,
     )
@@ -70,11 +76,14 @@ def draft_identity(target: ModelIdentity) -> ModelIdentity | None:
     if spec.speculative_algorithm is None:
         return None
     settings = {name: str(getattr(spec, name)) for name in _DRAFT_SETTINGS}
-    path, revision = spec.speculative_draft_model_path, spec.speculative_draft_model_revision
-    own = (
-        _fingerprint(str(path), revision) if path else "within the target"
-    )  # layers of its own files
+    source, doubts = sources.of_draft(), list[str]()
+    settings |= _beside(sources.beside_the_draft(), doubts)
+    own = _fingerprint(source) if source else "within the target"  # layers of its own files
     settings |= {"draft_fingerprint": own}
+    for doubt in doubts:
+        _warn(doubt)
+    if doubts or sources.draft_not_of_files():
+        settings["weights"] = weights.temporary()
     fingerprints = target.fingerprint, own
     unread = next((each for each in fingerprints if each.startswith(UNREAD)), target.fingerprint)
     return msgspec.structs.replace(target, fingerprint=unread, settings=target.settings | settings)
@@ -104,31 +113,42 @@ def adapter_id(named: str, path: str) -> str:
         named: SGLang's own id, which knows the adapter's name and path only.
         path: where the adapter is.
     """
-    return hashlib.sha256(f"{named}\0{_fingerprint(path, None)}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{named}\0{_fingerprint(Source(path))}".encode()).hexdigest()[:32]
 
 
-def _fingerprint(model_path: str, revision: str | None) -> str:
+def _beside(found: Mapping[str, Source], doubts: list[str]) -> dict[str, str]:
+    """What lies at the paths of settings, instead of the paths."""
+    known = {}
+    for name, source in found.items():
+        try:
+            known[name] = source.fingerprint()
+        except OSError as error:
+            known[name] = UNREAD
+            doubts.append(f"{source.path} ({name}) cannot be looked at ({error})")
+    return known
+
+
+def _experts() -> dict[str, str]:
+    from sglang.srt.runtime_context import get_exec
+
+    moe = get_exec().moe
+    if not moe.kt_weight_path:
+        return {}
+    return {name: str(getattr(moe, name)) for name in _KT_SETTINGS}
+
+
+def _warn(doubt: str) -> None:
+    logger.warning("lmcache: %s: pages are for this engine only, and cold after a restart", doubt)
+
+
+def _fingerprint(source: Source) -> str:
     try:
-        return fingerprint(_local(model_path, revision))
+        return source.fingerprint()
     except OSError as error:
         logger.warning(
             "lmcache: the weights of %s cannot be looked at (%s), so nobody could tell them from others: "
             "its pages are for this engine only, and cold after a restart",
-            model_path,
+            source.path,
             error,
         )
         return f"{UNREAD}{weights.temporary()}"
-
-
-def _local(model_path: str, revision: str | None) -> Path:
-    """Where the model's files are. Raises OSError when they are not on this machine."""
-    path = Path(model_path)
-    if path.exists():
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model_path, revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise OSError(str(error)) from error

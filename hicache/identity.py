@@ -23,6 +23,7 @@ UNREAD = "unread:"  # begins the fingerprint of weights that could not be looked
 
 _SAMPLE = 256  # bytes looked at in each place of a weight file
 _SAMPLES = 64  # places in a file that has no tensor table
+_WHOLE_MOST = 1 << 20  # a file of unknown kind is read in whole up to here
 _HEADER_MOST = 256 << 20  # a longer safetensors header is none
 _CONFIG_FILES = (
     "config.json",
@@ -120,6 +121,33 @@ def fingerprint(model: Path) -> str:
     for part in sorted(_digest_as_it_is(file) for file in weights):
         _add(digest, part)
     return digest.hexdigest()
+
+
+def fingerprint_of_all(path: Path) -> str:
+    """A digest of whatever lies at a path: a file, or a folder with all that is in it, by their names within it.
+
+    For what decides weights and is no model: scales, say, or experts in a format of their own. Files of up to
+    `_WHOLE_MOST` bytes enter whole, others as in `fingerprint`.
+
+    Raises:
+        OSError: it cannot be read, or there is no file.
+    """
+    digest = hashlib.sha256()
+    files = all_files(path)
+    if not files:
+        raise FileNotFoundError(f"no file in {path}")
+    for file in files:
+        _add(digest, os.fsencode(file.relative_to(path)))
+        small = file.stat().st_size <= _WHOLE_MOST
+        _add(digest, file.read_bytes() if small else _digest_as_it_is(file))
+    return digest.hexdigest()
+
+
+def all_files(path: Path) -> list[Path]:
+    """Those that `fingerprint_of_all` looks at, in its order."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file())
 
 
 def _config_files(model: Path) -> list[Path]:

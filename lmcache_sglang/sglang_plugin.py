@@ -133,6 +133,7 @@ SEAMS = (
     *(f"sglang.srt.disaggregation.kv_events.{name}" for name in _EVENTS),
     "sglang.srt.mem_cache.hicache_storage.HiCacheStorage",
     "sglang.srt.mem_cache.utils.get_hash_str",
+    "sglang.srt.runtime_context.get_exec",
     "sglang.srt.runtime_context.get_memory",
     "sglang.srt.runtime_context.get_model",
     "sglang.srt.runtime_context.get_spec",

@@ -16,6 +16,11 @@ from lmcache_sglang.hicache.engine import draft_identity, model_identity
 Serving = Callable[..., AbstractContextManager[Any]]
 
 
+@pytest.fixture(autouse=True)
+def own_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_state", weights._State())
+
+
 @pytest.fixture
 def serving(sglang: None) -> Serving:
     """A context in which this process serves with the given `ServerArgs` fields."""
@@ -119,6 +124,7 @@ def test_a_model_without_a_name_goes_by_its_path(serving: Serving, model: Path) 
         {"quantization_param_path": "/scales.json"},
         {"json_model_override_args": '{"rope_theta": 1}'},
         {"load_format": "dummy"},
+        {"load_format": "layered"},
     ],
     ids=lambda changed: next(iter(changed)),
 )
@@ -143,6 +149,133 @@ def test_a_setting_that_changes_no_answer_keeps_the_pages(
         plain = model_identity("m")
     with serving(model_path=str(model), **changed):
         assert model_identity("m") == plain
+
+
+def test_the_ordinary_identity_is_the_one_that_stores_hold_already(
+    serving: Serving, model: Path
+) -> None:
+    """A new setting enters only where it is set: or every store would be cold after an upgrade."""
+    with serving(model_path=str(model)):
+        identity = model_identity("m")
+    assert identity.lasting
+    assert identity.settings == {
+        "dtype": "auto",
+        "quantization": "None",
+        "quantization_param_path": "None",
+        "json_model_override_args": "{}",
+        "model_loader_extra_config": "{}",
+        "modelopt_quant": "None",
+        "quantize_and_serve": "False",
+        "rl_quant_profile": "None",
+    }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *(
+            {"load_format": name}
+            for name in ("dummy", "presharded", "expert_pack", "remote", "remote_instance", "new")
+        ),
+        {"weight_cache_mode": "client"},
+        {"weight_cache_mode": "daemon"},
+        {"model_loader_extra_config": '{"pattern": "/elsewhere/model-rank-{rank}"}'},
+        {"modelopt_quant": "fp8"},
+        {"quantize_and_serve": True},
+        {"quantization_param_path": "/no/such/scales.json"},
+        {"kt_weight_path": "/no/such/experts"},
+    ],
+    ids=str,
+)
+def test_weights_that_are_not_the_files_are_for_this_engine_only(
+    fields: dict[str, Any], serving: Serving, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(model_path=str(model), **fields):
+        identity = model_identity("m")
+        assert not identity.lasting
+        assert model_identity("m") == identity  # on each rank
+        weights.begin()
+        assert model_identity("m") != identity
+    assert len(caplog.records) == 3
+    assert "cold after a restart" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "load_format", ["auto", "safetensors", "layered", "runai_streamer", "sharded_state"]
+)
+def test_weights_that_are_the_files_last(load_format: str, serving: Serving, model: Path) -> None:
+    with serving(model_path=str(model), load_format=load_format):
+        assert model_identity("m").lasting
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "quantization_param_path",
+        "rl_quant_profile",
+        "modelopt_checkpoint_restore_path",
+        "decrypted_config_file",
+        "kt_weight_path",
+    ],
+)
+def test_what_lies_beside_the_model_is_known_by_what_is_in_it(
+    setting: str, serving: Serving, model: Path, tmp_path: Path
+) -> None:
+    file, copy = tmp_path / "beside", tmp_path / "copy"
+    seen = []
+    for place, content in ((file, b"one"), (file, b"two"), (copy, b"one")):
+        place.write_bytes(content)
+        with serving(model_path=str(model), **{setting: str(place)}):
+            seen.append(model_identity("m"))
+    assert all(identity.lasting for identity in seen)
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_what_lies_beside_a_draft_model_is_known_by_what_is_in_it(
+    serving: Serving, model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    seen = []
+    for content in ("{}", '{"rope_theta": 1}'):
+        file.write_text(content)
+        with serving(
+            model_path=str(model),
+            speculative_algorithm="NEXTN",
+            decrypted_draft_config_file=str(file),
+        ):
+            seen.append(draft_identity(model_identity("m")))
+    assert seen[0] != seen[1]
+    assert all(identity is not None and identity.lasting for identity in seen)
+
+
+def test_a_draft_model_of_random_weights_is_this_engines_own(serving: Serving, model: Path) -> None:
+    with serving(
+        model_path=str(model),
+        speculative_algorithm="EAGLE",
+        speculative_draft_model_path=str(model),
+        speculative_draft_load_format="dummy",
+    ):
+        target = model_identity("m")
+        draft = draft_identity(target)
+    assert target.lasting
+    assert draft is not None
+    assert not draft.lasting
+
+
+def test_weights_downloaded_elsewhere_than_their_configuration_are_not_taken_for_the_ones_here(
+    serving: Serving, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "model.bin").write_bytes(b"newer")
+
+    def snapshot(name: str, cache_dir: str | None = None, **_: Any) -> str:
+        return str(elsewhere if cache_dir == "/downloads" else model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    for folder, lasting in ((None, True), ("/same", True), ("/downloads", False)):
+        with serving(model_path="org/name", download_dir=folder):
+            assert model_identity("m").lasting == lasting
 
 
 def test_every_setting_asked_for_is_one_that_sglang_has(serving: Serving, model: Path) -> None:
@@ -184,4 +317,4 @@ def test_a_model_by_its_hub_name_is_looked_up_on_this_machine_only(
         by_name = model_identity("m")
     with serving(model_path=str(model)):
         assert by_name == model_identity("m")
-    assert asked == [("org/name", {"revision": "v2", "local_files_only": True})]
+    assert asked == [("org/name", {"revision": "v2", "cache_dir": None, "local_files_only": True})]

@@ -17,7 +17,13 @@ import msgspec
 import pytest
 
 from lmcache_sglang.hicache import identity
-from lmcache_sglang.hicache.identity import ModelIdentity, PageIdentity, fingerprint, namespace
+from lmcache_sglang.hicache.identity import (
+    ModelIdentity,
+    PageIdentity,
+    fingerprint,
+    fingerprint_of_all,
+    namespace,
+)
 from lmcache_sglang.storage.base import NAMESPACE_BYTES
 
 MODEL = ModelIdentity(
@@ -384,3 +390,38 @@ def test_a_file_that_has_not_changed_is_read_once(
     (tmp_path / "model.bin").write_bytes(b"WEIGHTS")
     assert fingerprint(tmp_path) != before
     assert len(read) == 2
+
+
+@pytest.mark.parametrize("at", [0, 5000, -1])
+def test_every_byte_of_a_small_file_counts_whatever_it_is(at: int, tmp_path: Path) -> None:
+    """Scales in JSON: samples would leave most of them out."""
+    file = tmp_path / "scales.json"
+    file.write_bytes(noise(1, 10_000))
+    before = fingerprint_of_all(file)
+    flip(file, at % 10_000)
+    assert fingerprint_of_all(file) != before
+
+
+def test_a_folder_of_any_files_is_known_by_all_of_them_and_their_names(tmp_path: Path) -> None:
+    folder, copy = tmp_path / "experts", tmp_path / "copy"
+    (folder / "layer_0").mkdir(parents=True)
+    (folder / "layer_0" / "down.kt").write_bytes(b"down")
+    (folder / "large").write_bytes(noise(2, identity._WHOLE_MOST + 1))
+    shutil.copytree(folder, copy)
+    seen = {fingerprint_of_all(folder), fingerprint_of_all(copy)}
+    assert len(seen) == 1
+    flip(copy / "large", 0)
+    seen.add(fingerprint_of_all(copy))
+    (folder / "layer_0").rename(folder / "layer_1")
+    seen.add(fingerprint_of_all(folder))
+    (folder / "more").touch()
+    seen.add(fingerprint_of_all(folder))
+    assert len(seen) == 4
+
+
+def test_what_is_not_there_has_no_fingerprint_(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    with pytest.raises(OSError, match="missing"):
+        fingerprint_of_all(missing)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        fingerprint_of_all(tmp_path)

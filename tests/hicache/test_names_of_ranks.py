@@ -1,0 +1,51 @@
+"""Ranks of one engine name what is temporary alike, and no other engine names anything so.
+
+SGLang's own tree, controller, threads and pools in a process a rank, without a model. Weights that no file holds
+(`--load-format dummy`) have such a name from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcache_sglang.testing.rank_pools import Family
+from lmcache_sglang.testing.rank_processes import Nursery
+
+PAGES = 8
+FAMILY = Family("mla", 16, ranks=2)  # of which only the first rank stores the KV
+TOKENS = list(range(1000, 1000 + PAGES * FAMILY.page_size))
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    if find_spec("sglang") is None:
+        pytest.skip("SGLang is not installed here")
+    with Nursery(tmp_path_factory.mktemp("nursery")) as warm:
+        yield warm
+
+
+@pytest.fixture
+def store(tmp_path: Path, shared_memory: Path) -> dict[str, Any]:
+    return {
+        "path": str(tmp_path / "store"),
+        "cpu": {"size": "16MiB", "path": str(shared_memory / "cpu")},
+        "disk": {"size": "32MiB"},
+    }
+
+
+def test_what_the_first_rank_stored_comes_back_to_all_and_to_no_later_engine(
+    nursery: Nursery, store: dict[str, Any]
+) -> None:
+    with nursery.ranks(FAMILY, store, load_format="dummy") as ranks:
+        ranks.call("write", TOKENS)
+        ranks.call("forget")
+        assert ranks.call("stored", "kv", TOKENS) == [[True] * PAGES] * 2
+        assert ranks.call("restore", TOKENS) == [[len(TOKENS), len(TOKENS), {"kv": True}]] * 2
+    with nursery.ranks(FAMILY, store, load_format="dummy") as later:
+        assert later.call("prefetch", TOKENS) == [0, 0]
+        assert later.call("stored", "kv", TOKENS) == [[False] * PAGES] * 2
