@@ -53,6 +53,7 @@ def model_identity(served_name: str | None) -> ModelIdentity:
     doubts = list(sources.not_of_files())
     settings |= _beside(sources.beside_the_model(), doubts) | _experts()
     fingerprint = _fingerprint(sources.of_model())
+    doubts += _changed()  # last: what was read until now is what was loaded
     for doubt in doubts:
         _warn(doubt)
     if doubts or weights.epoch():
@@ -80,6 +81,7 @@ def draft_identity(target: ModelIdentity) -> ModelIdentity | None:
     settings |= _beside(sources.beside_the_draft(), doubts)
     own = _fingerprint(source) if source else "within the target"  # layers of its own files
     settings |= {"draft_fingerprint": own}
+    doubts += [] if "weights" in target.settings else _changed()
     for doubt in doubts:
         _warn(doubt)
     if doubts or sources.draft_not_of_files():
@@ -135,6 +137,16 @@ def _experts() -> dict[str, str]:
     if not moe.kt_weight_path:
         return {}
     return {name: str(getattr(moe, name)) for name in _KT_SETTINGS}
+
+
+def _changed() -> list[str]:
+    places = weights.changed(sources.seen)
+    if not places:
+        return []
+    at = ", ".join(places)
+    return [
+        f"what lies at {at} is not what this engine loaded (restart it to serve and store that)"
+    ]
 
 
 def _warn(doubt: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -41,8 +41,12 @@ class _Tensor(msgspec.Struct):
     data_offsets: tuple[int, int] = (0, 0)  # from the end of the table
 
 
-# By path, inode, size and times. A change of content changes its time of change, which nobody can set back.
-_digests: dict[tuple[str, int, int, int, int], bytes] = {}
+# How files lie somewhere, without a look into them: inode, size, time of modification and of change. A change of
+# content changes the last one, which nobody can set back. Not the device: a network mount gets another when it is
+# mounted again.
+Sight = tuple[tuple[int, int, int, int], ...]
+
+_digests: dict[tuple[str, Sight], bytes] = {}
 
 _TABLE = msgspec.json.Decoder(dict[str, _Tensor])
 
@@ -143,11 +147,26 @@ def fingerprint_of_all(path: Path) -> str:
     return digest.hexdigest()
 
 
+def model_files(model: Path) -> list[Path]:
+    """Those that `fingerprint` looks at."""
+    return [*_config_files(model), *_weight_files(model)]
+
+
 def all_files(path: Path) -> list[Path]:
     """Those that `fingerprint_of_all` looks at, in its order."""
     if not path.is_dir():
         return [path]
     return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def sight(files: Iterable[Path]) -> Sight:
+    """How files lie there now. Two that are equal are of the same files with the same content. Raises: OSError."""
+    states = [file.stat() for file in files]
+    return tuple(
+        sorted(
+            (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states
+        )
+    )
 
 
 def _config_files(model: Path) -> list[Path]:
@@ -164,8 +183,7 @@ def _weight_files(model: Path) -> list[Path]:
 
 def _digest_as_it_is(file: Path) -> bytes:
     """`_file_digest`, once in this process for a file that has not changed."""
-    state = file.stat()
-    known = (os.fspath(file), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    known = os.fspath(file), sight([file])
     if known not in _digests:
         _digests[known] = _file_digest(file)
     return _digests[known]

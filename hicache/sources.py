@@ -39,11 +39,25 @@ class Source(NamedTuple):
     )
     is_model: bool = True  # or an adapter; else whatever lies there
 
+    @property
+    def place(self) -> str:
+        """The path, and the revision where it is one of several."""
+        return self.path if self.revision is None else f"{self.path} ({self.revision})"
+
     def fingerprint(self) -> str:
         """Of what lies there now. Raises: OSError when it cannot be read on this machine."""
         if self.is_model:
             return identity.fingerprint(self._here())
         return identity.fingerprint_of_all(Path(self.path))
+
+    def sight(self) -> identity.Sight | None:
+        """How it lies there now, without a look into it; None when it is not there to be seen."""
+        try:
+            if self.is_model:
+                return identity.sight(identity.model_files(self._here()))
+            return identity.sight(identity.all_files(Path(self.path)))
+        except OSError:
+            return None
 
     def _here(self) -> Path:
         """Raises: OSError."""
@@ -118,6 +132,18 @@ def beside_the_draft() -> dict[str, Source]:
 def _named(settings: dict[str, Any]) -> dict[str, Source]:
     paths = {name: getattr(group, name) for name, group in settings.items()}
     return {name: Source(str(path), is_model=False) for name, path in paths.items() if path}
+
+
+def seen() -> dict[str, identity.Sight | None]:
+    """How all of them lie there now, by place. It costs a `stat` a file."""
+    draft = of_draft()
+    sources = [
+        of_model(),
+        *([draft] if draft else []),
+        *beside_the_model().values(),
+        *beside_the_draft().values(),
+    ]
+    return {source.place: source.sight() for source in sources}
 
 
 def format_of(load_format: Any) -> str:

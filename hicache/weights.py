@@ -1,6 +1,6 @@
 """Whether this process still runs the weights that its model's files hold, and the name of those that no file holds.
 
-SGLang can replace weights while it serves. What is
+SGLang can replace weights while it serves, and files can be replaced while it serves what was in them. What is
 computed by weights that no fingerprint was taken of belongs to nobody else: its pages get a name that no other
 engine has, that all ranks of this one have, and that no other weights of this one ever get.
 
@@ -11,13 +11,18 @@ same. Resets need not be: ranks whose counts differ miss each other's pages unti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import WeakMethod
 
 import torch
+
+if TYPE_CHECKING:
+    from .identity import Sight
+
+Seen = Mapping[str, "Sight | None"]  # by place; None: nothing could be seen there
 
 
 @dataclass
@@ -26,6 +31,7 @@ class _State:
     updates: int = 0  # told since then; each is told twice
     resets: int = 0  # since the last of them
     were_replaced: bool = False  # ever, in this process
+    loaded: Seen | None = None  # what lay there when the weights had been loaded
     listeners: list[WeakMethod[Callable[[], None]]] = field(default_factory=list)
 
 
@@ -86,3 +92,18 @@ def _tell() -> None:
 def on_replaced(listener: Callable[[], None]) -> None:
     """Call a bound method at each replacement, for as long as its object lives."""
     _state.listeners.append(WeakMethod(listener))
+
+
+def loaded(look: Callable[[], Seen]) -> None:
+    """The weights have been loaded: remember what lies where they came from. The first call counts."""
+    if _state.loaded is None:
+        _state.loaded = {}  # if looking fails, nothing that is seen later is known to be the same
+        _state.loaded = look()
+
+
+def changed(look: Callable[[], Seen]) -> list[str]:
+    """The places where other files lie than were loaded, as far as `loaded` was called."""
+    if _state.loaded is None:
+        return []
+    before, now = _state.loaded, look()
+    return [place for place, sight in now.items() if place not in before or before[place] != sight]

@@ -8,6 +8,7 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     ServerArgs.resolve_once                         settings are checked, HiCache is turned on
     hicache_hook.resolve_storage_layout_…           layer_first becomes page_first, as for Mooncake
     StorageBackendFactory._create_builtin_backend   makes the backend, under its own name
+    HiCacheController.__init__                      what lies where the weights were loaded from
     HiCacheController.attach_storage_backend        selects the zero-copy calls; which ranks attach
     HybridCacheController.attach_storage_backend    refuses pools whose pages cannot be reached, or kept
     HybridCacheController.should_backup             stores all ranks' parts of a draft model
@@ -61,6 +62,7 @@ _LAYOUT = "sglang.srt.arg_groups.hicache_hook.resolve_storage_layout_compatibili
 _FACTORY = "sglang.srt.mem_cache.storage.backend_factory.StorageBackendFactory"
 _CREATE = f"{_FACTORY}._create_builtin_backend"
 _CONTROLLER = "sglang.srt.managers.cache_controller.HiCacheController"
+_MAKE_CONTROLLER = f"{_CONTROLLER}.__init__"
 _ATTACH = f"{_CONTROLLER}.attach_storage_backend"
 _HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
 _ATTACH_POOLS = f"{_HYBRID}.attach_storage_backend"
@@ -112,6 +114,7 @@ SEAMS = (
     _LAYOUT,
     _CREATE,
     f"{_FACTORY}.register_backend",
+    _CONTROLLER,
     _ATTACH,
     _HYBRID,
     _SHOULD_BACK_UP,
@@ -161,6 +164,7 @@ def activate() -> None:
     HookRegistry.register(_RESOLVE, _prepare, HookType.BEFORE)
     HookRegistry.register(_LAYOUT, _prefer_page_first, HookType.AFTER)
     HookRegistry.register(_CREATE, _create, HookType.AROUND)
+    HookRegistry.register(_MAKE_CONTROLLER, _note_what_was_loaded, HookType.BEFORE)
     HookRegistry.register(_ATTACH, _note_the_ranks, HookType.BEFORE)
     HookRegistry.register(_ATTACH, _select_zero_copy, HookType.AFTER)
     HookRegistry.register(_ATTACH_POOLS, _require_reachable_pools, HookType.BEFORE)
@@ -349,6 +353,17 @@ def _note_the_ranks(controller: Any, storage_backend: Any = None, *_: Any, **__:
     global _ranks
     if storage_backend == NAME:
         _ranks = getattr(controller, "tp_group", None)
+
+
+@harmless
+def _note_what_was_loaded(*_: Any, **__: Any) -> None:
+    """In every engine with HiCache, as a store can be attached hours later, and the files be others then.
+
+    SGLang has just loaded the weights, and what it had to download for that.
+    """
+    from .hicache import sources, weights
+
+    weights.loaded(sources.seen)
 
 
 def _load_page_hash() -> None:

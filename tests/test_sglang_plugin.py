@@ -356,6 +356,64 @@ def test_adapters_keep_sglangs_id_without_the_flag(scenario: Scenario, adapter: 
     assert scenario(code).result == scenario(code, plugins="none").result
 
 
+CONTROLLER = """
+load_plugins()
+from pathlib import Path
+from sglang.srt.managers.cache_controller import HiCacheController
+from sglang.srt.runtime_context import get_context
+from lmcache_sglang.hicache import weights
+from lmcache_sglang.hicache.engine import model_identity
+file = Path(model) / "model.bin"
+file.write_bytes(b"loaded")
+
+def make_controller():
+    try:
+        HiCacheController(None, None, 64, None, None)
+    except AttributeError as error:  # SGLang's own: this is no pool
+        return str(error)
+"""
+
+
+@needs_sglang
+def test_files_replaced_before_a_store_is_attached_give_no_lasting_name(scenario: Scenario) -> None:
+    """SGLang makes its controller when it has loaded the weights, and attaches to it at any time."""
+    answer = scenario(
+        f"""{CONTROLLER}
+with get_context().override_server_args(model_path=model):
+    make_controller()
+    before = model_identity("m").lasting
+    file.write_bytes(b"newer")
+    after = model_identity("m").lasting
+result = [before, after]
+"""
+    )
+    assert answer.result == [True, False]
+    assert (
+        len([text for _, _, text in answer.said if "is not what this engine loaded" in text]) == 1
+    )
+
+
+@needs_sglang
+def test_a_look_that_fails_leaves_sglang_alone_and_trusts_nothing(scenario: Scenario) -> None:
+    code = f"""{CONTROLLER}
+with get_context().override_server_args(model_path=model):
+    from sglang.srt import runtime_context
+    kept = runtime_context.get_model
+    BREAK
+    why = make_controller()
+    runtime_context.get_model = kept
+    result = [why, model_identity("m").lasting]
+"""
+    (why, lasting), (same, trusted) = (
+        scenario(code.replace("BREAK", line)).result
+        for line in ("pass", "runtime_context.get_model = None")
+    )
+    assert "'NoneType' object" in why
+    assert same == why
+    assert lasting
+    assert not trusted
+
+
 @needs_sglang
 @pytest.mark.parametrize("backend", [NAME, "file"])
 def test_the_ranks_that_attach_are_noted_for_our_name_only(

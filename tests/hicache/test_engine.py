@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_sglang.hicache import weights
+from lmcache_sglang.hicache import sources, weights
 from lmcache_sglang.hicache.engine import draft_identity, model_identity
 
 Serving = Callable[..., AbstractContextManager[Any]]
@@ -156,6 +156,7 @@ def test_the_ordinary_identity_is_the_one_that_stores_hold_already(
 ) -> None:
     """A new setting enters only where it is set: or every store would be cold after an upgrade."""
     with serving(model_path=str(model)):
+        weights.loaded(sources.seen)
         identity = model_identity("m")
     assert identity.lasting
     assert identity.settings == {
@@ -260,6 +261,67 @@ def test_a_draft_model_of_random_weights_is_this_engines_own(serving: Serving, m
     assert target.lasting
     assert draft is not None
     assert not draft.lasting
+
+
+def test_files_that_changed_since_they_were_loaded_name_no_lasting_page(
+    serving: Serving, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(model_path=str(model)):
+        weights.loaded(sources.seen)
+        assert model_identity("m").lasting
+        assert caplog.text == ""
+        (model / "model.bin").write_bytes(b"newer")
+        identity = model_identity("m")
+        assert not identity.lasting
+    (warning,) = caplog.records
+    assert str(model) in warning.getMessage()
+    assert "restart" in warning.getMessage()
+
+
+def test_a_file_of_the_same_content_put_in_the_place_of_another_is_another(
+    serving: Serving, model: Path
+) -> None:
+    """Nobody looked into the one that was loaded."""
+    file = model / "model.bin"
+    with serving(model_path=str(model)):
+        weights.loaded(sources.seen)
+        (model / "other").write_bytes(file.read_bytes())
+        (model / "other").replace(file)
+        assert not model_identity("m").lasting
+
+
+def test_a_branch_that_moved_on_since_names_no_lasting_page(
+    serving: Serving, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    (newer / "model.bin").write_bytes(b"newer")
+    branch = [model]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(branch[0]))
+    with serving(model_path="org/name"):
+        weights.loaded(sources.seen)
+        assert model_identity("m").lasting
+        branch[0] = newer
+        assert not model_identity("m").lasting
+
+
+@pytest.mark.parametrize("what", ["draft", "quantization_param_path"])
+def test_what_is_loaded_beside_the_model_must_not_have_changed_either(
+    what: str, serving: Serving, model: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    file = other / "weights.bin"
+    file.write_bytes(b"before")
+    known: dict[str, dict[str, Any]] = {
+        "draft": {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(other)},
+        "quantization_param_path": {"quantization_param_path": str(file)},
+    }
+    with serving(model_path=str(model), **known[what]):
+        weights.loaded(sources.seen)
+        assert model_identity("m").lasting
+        file.write_bytes(b"after")
+        assert not model_identity("m").lasting
 
 
 def test_weights_downloaded_elsewhere_than_their_configuration_are_not_taken_for_the_ones_here(

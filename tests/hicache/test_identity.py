@@ -20,9 +20,12 @@ from lmcache_sglang.hicache import identity
 from lmcache_sglang.hicache.identity import (
     ModelIdentity,
     PageIdentity,
+    all_files,
     fingerprint,
     fingerprint_of_all,
+    model_files,
     namespace,
+    sight,
 )
 from lmcache_sglang.storage.base import NAMESPACE_BYTES
 
@@ -419,9 +422,23 @@ def test_a_folder_of_any_files_is_known_by_all_of_them_and_their_names(tmp_path:
     assert len(seen) == 4
 
 
-def test_what_is_not_there_has_no_fingerprint_(tmp_path: Path) -> None:
+def test_what_is_not_there_has_no_fingerprint_and_no_sight(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     with pytest.raises(OSError, match="missing"):
         fingerprint_of_all(missing)
+    with pytest.raises(OSError, match="missing"):
+        sight(all_files(missing))
     with pytest.raises(FileNotFoundError, match="no file"):
         fingerprint_of_all(tmp_path)
+
+
+def test_the_sight_of_a_model_changes_with_what_its_fingerprint_is_of(model: Path) -> None:
+    before = sight(model_files(model))
+    (model / "README.md").write_text("read me")
+    assert sight(model_files(model)) == before
+    for file in model_files(model):
+        (model / "new").write_bytes(file.read_bytes())
+        (model / "new").replace(file)  # the same content, but nobody looked into it before
+        after = sight(model_files(model))
+        assert after != before
+        before = after

@@ -49,3 +49,15 @@ def test_what_the_first_rank_stored_comes_back_to_all_and_to_no_later_engine(
     with nursery.ranks(FAMILY, store, load_format="dummy") as later:
         assert later.call("prefetch", TOKENS) == [0, 0]
         assert later.call("stored", "kv", TOKENS) == [[False] * PAGES] * 2
+
+
+def test_files_that_were_looked_at_when_the_tree_was_made_keep_their_lasting_name(
+    nursery: Nursery, store: dict[str, Any]
+) -> None:
+    """The control: the plug-in's hook has seen them, and they are as they were."""
+    for first in (True, False):
+        with nursery.ranks(FAMILY, store) as ranks:
+            if first:
+                ranks.call("write", TOKENS)
+                ranks.call("forget")
+            assert ranks.call("restore", TOKENS) == [[len(TOKENS), len(TOKENS), {"kv": True}]] * 2

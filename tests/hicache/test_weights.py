@@ -96,6 +96,27 @@ def test_weights_that_were_replaced_stay_so_after_another_attach() -> None:
     assert weights.epoch() != ""
 
 
+def test_nothing_has_changed_where_nobody_looked_before() -> None:
+    assert weights.changed(lambda: {"model": None}) == []
+
+
+def test_what_lies_elsewhere_than_it_did_at_the_first_look_has_changed() -> None:
+    one, other = ((1, 2, 3, 4),), ((1, 2, 3, 5),)
+    weights.loaded(lambda: {"model": one, "draft": one, "missing": None})
+    weights.loaded(lambda: {"model": other})  # of a controller that is made later
+    assert weights.changed(lambda: {"model": one, "draft": other, "missing": None}) == ["draft"]
+    assert weights.changed(lambda: {"missing": one, "adapter": None}) == ["missing", "adapter"]
+
+
+def test_after_a_look_that_failed_nothing_is_known_to_be_the_same() -> None:
+    def fails() -> weights.Seen:
+        raise RuntimeError("no settings")
+
+    with pytest.raises(RuntimeError):
+        weights.loaded(fails)
+    assert weights.changed(lambda: {"model": None}) == ["model"]
+
+
 def test_who_is_gone_is_not_told() -> None:
     weights.on_replaced(Listener().hear)
     gc.collect()
