@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 from collections.abc import Mapping
 
@@ -51,7 +52,7 @@ def model_identity(served_name: str | None) -> ModelIdentity:
     if load_format not in sources.PLAIN_FORMATS:
         settings["load_format"] = load_format
     doubts = list(sources.not_of_files())
-    settings |= _beside(sources.beside_the_model(), doubts) | _experts()
+    settings |= _beside(sources.beside_the_model(), doubts) | _experts() | _adapters(doubts)
     fingerprint = _fingerprint(sources.of_model())
     doubts += _changed()  # last: what was read until now is what was loaded
     for doubt in doubts:
@@ -111,11 +112,41 @@ def kv_heads() -> int:
 def adapter_id(named: str, path: str) -> str:
     """The id of a LoRA adapter for page hashes, telling apart what was trained anew under one path.
 
+    SGLang's own where the adapter cannot be read: it may be downloaded only when it is loaded.
+
     Args:
         named: SGLang's own id, which knows the adapter's name and path only.
         path: where the adapter is.
     """
-    return hashlib.sha256(f"{named}\0{_fingerprint(Source(path))}".encode()).hexdigest()[:32]
+    try:
+        return _with_weights(named, Source(path).fingerprint())
+    except OSError:
+        return named
+
+
+def _with_weights(named: str, fingerprint: str) -> str:
+    return hashlib.sha256(f"{named}\0{fingerprint}".encode()).hexdigest()[:32]
+
+
+def _adapters(doubts: list[str]) -> dict[str, str]:
+    """Those whose id does not say which weights they have: their fingerprints.
+
+    That is so where the store came without the flag, with the adapter's files, or on several nodes.
+    """
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    id_of = inspect.unwrap(LoRARef.deterministic_id)
+    unknown = {}
+    for adapter in sources.adapters():
+        try:
+            own = adapter.source.fingerprint()
+        except OSError as error:
+            doubts.append(f"the adapter {adapter.source.path} cannot be looked at ({error})")
+            continue
+        if adapter.id != _with_weights(id_of(adapter.name, adapter.source.path), own):
+            unknown[adapter.id] = own
+    listed = " ".join(f"{known}={unknown[known]}" for known in sorted(unknown))
+    return {"adapters": listed} if listed else {}
 
 
 def _beside(found: Mapping[str, Source], doubts: list[str]) -> dict[str, str]:

@@ -87,6 +87,14 @@ def _downloaded(name: str, revision: str | None, folder: str | None = None) -> P
         raise OSError(str(error)) from error
 
 
+class Adapter(NamedTuple):
+    """A LoRA adapter of the command line."""
+
+    id: str  # as SGLang hashes pages with
+    name: str
+    source: Source
+
+
 def of_model() -> Source:
     """The files of the model that this process serves."""
     from sglang.srt.runtime_context import get_model
@@ -134,6 +142,19 @@ def _named(settings: dict[str, Any]) -> dict[str, Source]:
     return {name: Source(str(path), is_model=False) for name, path in paths.items() if path}
 
 
+def adapters() -> list[Adapter]:
+    """Those that SGLang loads at its start; others get a random id from it."""
+    from sglang.srt.runtime_context import get_lora, get_model
+
+    if not get_lora().enable_lora:
+        return []
+    folder = get_model().download_dir
+    return [
+        Adapter(ref.lora_id, ref.lora_name, Source(str(ref.lora_path), None, folder))
+        for ref in get_lora().lora_paths or ()
+    ]
+
+
 def seen() -> dict[str, identity.Sight | None]:
     """How all of them lie there now, by place. It costs a `stat` a file."""
     draft = of_draft()
@@ -142,6 +163,7 @@ def seen() -> dict[str, identity.Sight | None]:
         *([draft] if draft else []),
         *beside_the_model().values(),
         *beside_the_draft().values(),
+        *(adapter.source for adapter in adapters()),
     ]
     return {source.place: source.sight() for source in sources}
 

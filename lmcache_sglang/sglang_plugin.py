@@ -5,7 +5,8 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
 
     seam in SGLang                                  what is hooked on
     ServerArgs.add_cli_args                         the flag's choices
-    ServerArgs.resolve_once                         settings are checked, HiCache is turned on
+    ServerArgs.resolve_once                         settings are checked, HiCache is turned on; on how many
+                                                    nodes the engine runs
     hicache_hook.resolve_storage_layout_…           layer_first becomes page_first, as for Mooncake
     StorageBackendFactory._create_builtin_backend   makes the backend, under its own name
     HiCacheController.__init__                      what lies where the weights were loaded from
@@ -111,6 +112,7 @@ SEAMS = (
     f"{_SERVER_ARGS}.hicache_storage_backend_extra_config",
     f"{_SERVER_ARGS}.enable_hierarchical_cache",
     f"{_SERVER_ARGS}.disaggregation_mode",
+    f"{_SERVER_ARGS}.nnodes",
     _LAYOUT,
     _CREATE,
     f"{_FACTORY}.register_backend",
@@ -137,6 +139,7 @@ SEAMS = (
     "sglang.srt.mem_cache.hicache_storage.HiCacheStorage",
     "sglang.srt.mem_cache.utils.get_hash_str",
     "sglang.srt.runtime_context.get_exec",
+    "sglang.srt.runtime_context.get_lora",
     "sglang.srt.runtime_context.get_memory",
     "sglang.srt.runtime_context.get_model",
     "sglang.srt.runtime_context.get_spec",
@@ -146,6 +149,7 @@ SEAMS = (
 
 # Set once the arguments of an engine with the flag were looked at; adapters get their ids after that.
 _FLAG_IN_USE = threading.Event()
+_ONE_NODE = threading.Event()  # such an engine runs on one node
 _BACKEND_MADE = threading.Event()  # in this process
 
 
@@ -162,6 +166,7 @@ def activate() -> None:
     StorageBackendFactory.register_backend(NAME, "lmcache_sglang.hicache.backend", "LMCacheBackend")
     HookRegistry.register(_ADD_CLI_ARGS, _add_choice, HookType.AFTER)
     HookRegistry.register(_RESOLVE, _prepare, HookType.BEFORE)
+    HookRegistry.register(_RESOLVE, _note_the_nodes, HookType.BEFORE)
     HookRegistry.register(_LAYOUT, _prefer_page_first, HookType.AFTER)
     HookRegistry.register(_CREATE, _create, HookType.AROUND)
     HookRegistry.register(_MAKE_CONTROLLER, _note_what_was_loaded, HookType.BEFORE)
@@ -282,6 +287,15 @@ def _require_hierarchical_cache(server_args: Any) -> None:
             raise ConfigError(
                 f"{FLAG} {NAME}", f"does not go with {flag}, {why}. Leave one of them out"
             )
+
+
+def _note_the_nodes(server_args: Any, *_: Any, **__: Any) -> None:
+    if not _uses_the_flag(server_args) or _resolved_before(server_args):
+        return
+    if server_args.nnodes == 1:
+        _ONE_NODE.set()
+    else:
+        _ONE_NODE.clear()
 
 
 def _resolved_before(server_args: Any) -> bool:
@@ -591,10 +605,11 @@ def _add_events(taken: list[Any], *_: Any, **__: Any) -> list[Any]:
 def _identify_adapter(original: Callable[[str, str], str], lora_name: str, lora_path: str) -> str:
     """SGLang's id lasts over restarts and knows name and path; pages in a store last longer than both.
 
+    Each node asks for itself, and all need the same answer: of several, one may not see the files of another.
     Adapters loaded at run time get a random id from SGLang: they are never restored after a restart.
     """
     named = original(lora_name, lora_path)
-    if not _FLAG_IN_USE.is_set():
+    if not _FLAG_IN_USE.is_set() or not _ONE_NODE.is_set():
         return named
     from .hicache.engine import adapter_id
 

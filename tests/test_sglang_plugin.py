@@ -351,9 +351,65 @@ result = [before, again, adapter_ids(hicache_storage_backend="lmcache")]
 
 
 @needs_sglang
-def test_adapters_keep_sglangs_id_without_the_flag(scenario: Scenario, adapter: str) -> None:
-    code = f"{adapter}\nload_plugins(); result = adapter_ids()"
-    assert scenario(code).result == scenario(code, plugins="none").result
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        'hicache_storage_backend="lmcache", nnodes=2, tp_size=2, dist_init_addr="localhost:1"',
+    ],
+    ids=["without the flag", "on two nodes"],
+)
+def test_adapters_keep_sglangs_id_where_all_must_have_the_same(
+    flags: str, scenario: Scenario, adapter: str
+) -> None:
+    """On each node SGLang asks anew, and before a store is attached at run time it did not ask at all."""
+    plain = scenario(f"{adapter}\nresult = adapter_ids()", plugins="none").result
+    code = f"{adapter}\nload_plugins(); result = adapter_ids({flags})"
+    assert scenario(code).result == plain
+
+
+@needs_sglang
+def test_an_adapter_that_cannot_be_read_keeps_sglangs_id(
+    scenario: Scenario, adapter: str, tmp_path: Path
+) -> None:
+    """It may be downloaded later, or lie where only another node sees it."""
+    (tmp_path / "adapter_model.safetensors").unlink()
+    plain = scenario(f"{adapter}\nresult = adapter_ids()", plugins="none").result
+    flag = 'hicache_storage_backend="lmcache"'
+    code = f"{adapter}\nload_plugins(); result = [adapter_ids({flag}), adapter_ids({flag})]"
+    assert scenario(code).result == [plain, plain]
+
+
+@needs_sglang
+def test_a_store_attached_at_run_time_tells_adapters_apart_by_their_weights_too(
+    scenario: Scenario, adapter: str
+) -> None:
+    """SGLang hashes their pages with an id that does not; so the model's identity does."""
+    answer = scenario(
+        f"""{adapter}
+load_plugins()
+from lmcache_sglang.hicache.engine import model_identity
+from sglang.srt.lora.lora_registry import LoRARef
+from sglang.srt.runtime_context import get_context
+(Path(model) / "model.bin").write_bytes(b"of the model")
+
+def identity():
+    (known,) = adapter_ids()
+    paths = [LoRARef(lora_id=known, lora_name="one", lora_path=adapter)]
+    with get_context().override_server_args(model_path=model, enable_lora=True, lora_paths=paths):
+        found = model_identity("m")
+    return [known, found.lasting, found.settings]
+
+before, again = identity(), identity()
+weights.write_bytes(b"trained more")
+result = [before, again, identity()]
+"""
+    )
+    before, again, after = answer.result
+    assert before == again
+    assert before[:2] == after[:2]
+    assert before[1]
+    assert before[2] != after[2]
 
 
 CONTROLLER = """

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lmcache_sglang.hicache import sources, weights
-from lmcache_sglang.hicache.engine import draft_identity, model_identity
+from lmcache_sglang.hicache.engine import adapter_id, draft_identity, model_identity
 
 Serving = Callable[..., AbstractContextManager[Any]]
 
@@ -305,7 +305,7 @@ def test_a_branch_that_moved_on_since_names_no_lasting_page(
         assert not model_identity("m").lasting
 
 
-@pytest.mark.parametrize("what", ["draft", "quantization_param_path"])
+@pytest.mark.parametrize("what", ["draft", "quantization_param_path", "adapter"])
 def test_what_is_loaded_beside_the_model_must_not_have_changed_either(
     what: str, serving: Serving, model: Path, tmp_path: Path
 ) -> None:
@@ -316,6 +316,7 @@ def test_what_is_loaded_beside_the_model_must_not_have_changed_either(
     known: dict[str, dict[str, Any]] = {
         "draft": {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(other)},
         "quantization_param_path": {"quantization_param_path": str(file)},
+        "adapter": {"enable_lora": True, "lora_paths": [adapter(other)]},
     }
     with serving(model_path=str(model), **known[what]):
         weights.loaded(sources.seen)
@@ -338,6 +339,60 @@ def test_weights_downloaded_elsewhere_than_their_configuration_are_not_taken_for
     for folder, lasting in ((None, True), ("/same", True), ("/downloads", False)):
         with serving(model_path="org/name", download_dir=folder):
             assert model_identity("m").lasting == lasting
+
+
+def adapter(path: Path, *, knows_weights: bool = False) -> Any:
+    """As SGLang has it of its command line."""
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    named = LoRARef.deterministic_id("one", str(path))
+    known = adapter_id(named, str(path)) if knows_weights else named
+    return LoRARef(lora_id=known, lora_name="one", lora_path=str(path))
+
+
+def test_an_adapter_whose_id_does_not_know_its_weights_enters_with_them(
+    serving: Serving, model: Path, tmp_path: Path
+) -> None:
+    """Of an engine that was started without the flag, or on several nodes: its pages have SGLang's own id."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    seen = []
+    for content in (b"trained", b"trained more", b"trained"):
+        (folder / "adapter_model.bin").write_bytes(content)
+        with serving(model_path=str(model), enable_lora=True, lora_paths=[adapter(folder)]):
+            seen.append(model_identity("m"))
+    assert all(identity.lasting for identity in seen)
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_an_adapter_whose_id_knows_its_weights_changes_nothing_else(
+    serving: Serving, model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.bin").write_bytes(b"trained")
+    known = adapter(folder, knows_weights=True)
+    with serving(model_path=str(model)):
+        plain = model_identity("m")
+    with serving(model_path=str(model), enable_lora=True, lora_paths=[known]):
+        assert model_identity("m") == plain
+        (folder / "adapter_model.bin").write_bytes(b"trained more")  # before SGLang loaded it
+        assert model_identity("m") != plain
+    with serving(model_path=str(model), enable_lora=False, lora_paths=[known]):
+        assert model_identity("m") == plain
+
+
+def test_with_an_adapter_that_cannot_be_read_pages_are_for_this_engine_only(
+    serving: Serving, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = adapter(Path("/no/such/adapter"))
+    with serving(model_path=str(model), enable_lora=True, lora_paths=[missing]):
+        assert not model_identity("m").lasting
+    assert "/no/such/adapter" in caplog.text
+
+
+def test_an_adapter_that_cannot_be_read_keeps_sglangs_id(sglang: None) -> None:
+    assert adapter_id("of SGLang", "/no/such/adapter") == "of SGLang"
 
 
 def test_every_setting_asked_for_is_one_that_sglang_has(serving: Serving, model: Path) -> None:
