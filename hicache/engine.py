@@ -34,6 +34,12 @@ _DRAFT_SETTINGS = (
     "speculative_draft_window_size",
     "speculative_draft_sink_size",
 )
+# SGLang's variables that give the same elements in another order.
+_LAYOUTS = (
+    "SGLANG_DSV4_KV_LAYOUT",
+    "SGLANG_DSV4_COMPRESSED_KV_LAYOUT",
+    "SGLANG_HIP_DSV41_INDEX_K_PAGE8",
+)
 # How experts are computed from the files of `kt_weight_path`, and which.
 _KT_SETTINGS = ("kt_method", "kt_num_gpu_experts", "kt_max_deferred_experts_per_token")
 
@@ -53,6 +59,7 @@ def model_identity(served_name: str | None) -> ModelIdentity:
         settings["load_format"] = load_format
     doubts = list(sources.not_of_files())
     settings |= _beside(sources.beside_the_model(), doubts) | _experts() | _adapters(doubts)
+    settings |= _layouts()
     fingerprint = _fingerprint(sources.of_model())
     doubts += _changed()  # last: what was read until now is what was loaded
     for doubt in doubts:
@@ -168,6 +175,20 @@ def _experts() -> dict[str, str]:
     if not moe.kt_weight_path:
         return {}
     return {name: str(getattr(moe, name)) for name in _KT_SETTINGS}
+
+
+def _layouts() -> dict[str, str]:
+    """What decides how DeepSeek V4's elements lie: its host pools have the same shapes however they do.
+
+    Nothing for other models, of which SGLang leaves the backend at "auto".
+    """
+    from sglang.srt.environ import envs
+    from sglang.srt.runtime_context import get_exec
+
+    backend = str(get_exec().kernel.dsv4_attn_backend)
+    chosen = {} if backend == "auto" else {"dsv4_attn_backend": backend}
+    variables = {name: getattr(envs, name) for name in _LAYOUTS}
+    return chosen | {name: str(found.get()) for name, found in variables.items() if found.is_set()}
 
 
 def _changed() -> list[str]:

@@ -14,10 +14,12 @@ from . import identity
 
 # Ways of loading that give the weights of the model's files as they are.
 PLAIN_FORMATS = ("auto", "safetensors", "pt", "gguf", "mistral", "npcache", "fastsafetensors")
-# Those that make something else of the same files, the same each time. Of all others, and of those that SGLang may
-# get, the weights are not the files': random, another process's, or from a copy made earlier (`presharded`).
+# Those that make something else of the same files, the same each time: of `dummy`, random numbers from one seed. Of
+# all others, and of those that SGLang may get, the weights are not the files': another process's, or from a copy made
+# earlier (`presharded`).
 _FILE_FORMATS = (
     *PLAIN_FORMATS,
+    "dummy",
     "instanttensor",
     "sharded_state",
     "bitsandbytes",

@@ -15,6 +15,7 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     HybridCacheController.should_backup             stores all ranks' parts of a draft model
     LoRARef.deterministic_id                        adapters are told apart by their weights too
     SchedulerWeightUpdaterManager.update_weights_…  new weights find none of the old ones' pages
+    SchedulerWeightUpdaterManager.resume_memory_…   nor does memory that weights were in, and are not yet again
     HiCacheController.reset                         nor those that were still being stored
     HybridCacheController.parse_storage_backend_…   whether the user set what the next one turns on
     StorageAttachment.apply_runtime_config          batches come with the hashes of the pages before; reads
@@ -78,6 +79,7 @@ _UPDATES = (
     f"{_UPDATER}.begin_weight_update",
     f"{_UPDATER}.end_weight_update",
 )
+_RESUME = f"{_UPDATER}.resume_memory_occupation"
 _RESET = f"{_CONTROLLER}.reset"
 _PARSE = f"{_HYBRID}.parse_storage_backend_extra_config"
 _ATTACHMENT = "sglang.srt.mem_cache.unified_cache.storage_attachment.StorageAttachment"
@@ -122,6 +124,7 @@ SEAMS = (
     _SHOULD_BACK_UP,
     _ADAPTER_ID,
     *_UPDATES,
+    _RESUME,
     _RESET,
     _PARSE,
     _APPLY,
@@ -140,6 +143,7 @@ SEAMS = (
     "sglang.srt.mem_cache.utils.get_hash_str",
     "sglang.srt.runtime_context.get_exec",
     "sglang.srt.runtime_context.get_lora",
+    "sglang.srt.runtime_context.get_exec",
     "sglang.srt.runtime_context.get_memory",
     "sglang.srt.runtime_context.get_model",
     "sglang.srt.runtime_context.get_spec",
@@ -178,6 +182,7 @@ def activate() -> None:
     HookRegistry.register(_ADAPTER_ID, _identify_adapter, HookType.AROUND)
     for update in _UPDATES:
         HookRegistry.register(update, _replace_weights, HookType.AROUND)
+    HookRegistry.register(_RESUME, _lose_weights, HookType.AFTER)
     HookRegistry.register(_RESET, _forget_replaced_weights, HookType.AFTER)
     HookRegistry.register(_PARSE, _look_for_a_choice, HookType.AFTER)
     HookRegistry.register(_APPLY, _pass_prefix_keys, HookType.BEFORE)
@@ -454,6 +459,20 @@ def _replace_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     try:
         return original(*args, **kwargs)
     finally:
+        weights.replaced()
+
+
+def _lose_weights(_: Any, __: Any, request: Any, *___: Any, **____: Any) -> None:
+    """Weights whose memory was released come back as whatever lies there, until they are updated; unless SGLang kept
+    a copy."""
+    from sglang.srt.runtime_context import get_exec
+
+    from .hicache import weights
+
+    if (
+        "weights" in (request.tags or ["weights"])
+        and not get_exec().features.enable_weights_cpu_backup
+    ):
         weights.replaced()
 
 

@@ -581,6 +581,38 @@ def test_an_attach_that_fails_half_way_is_undone(
 
 
 @needs_sglang
+@pytest.mark.parametrize(
+    ("tags", "backup", "lost"),
+    [
+        (None, False, True),
+        (["weights"], False, True),
+        (["kv_cache"], False, False),
+        (None, True, False),
+    ],
+)
+def test_weights_whose_memory_was_released_are_not_those_of_the_files(
+    tags: list[str] | None, backup: bool, lost: bool, scenario: Scenario
+) -> None:
+    """What is computed before the next update must not be taken for theirs."""
+    answer = scenario(
+        f"""
+        from sglang.srt import runtime_context
+        from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+        SchedulerWeightUpdaterManager.resume_memory_occupation = lambda self, request: "resumed"
+        load_plugins()
+        features = SimpleNamespace(enable_weights_cpu_backup={backup})
+        runtime_context.get_exec = lambda: SimpleNamespace(features=features)
+        from lmcache_sglang.hicache import weights
+        before = weights.epoch()
+        updater = object.__new__(SchedulerWeightUpdaterManager)
+        done = updater.resume_memory_occupation(SimpleNamespace(tags={tags!r}))
+        result = [before, done, weights.epoch() != ""]
+        """
+    )
+    assert answer.result == ["", "resumed", lost]
+
+
+@needs_sglang
 @pytest.mark.parametrize(("backend", "passes"), [(NAME, False), ("mooncake", True)])
 def test_pools_whose_pages_cannot_be_reached_are_refused_before_anything_starts(
     backend: str, passes: bool, scenario: Scenario

@@ -125,6 +125,7 @@ def test_a_model_without_a_name_goes_by_its_path(serving: Serving, model: Path) 
         {"json_model_override_args": '{"rope_theta": 1}'},
         {"load_format": "dummy"},
         {"load_format": "layered"},
+        {"dsv4_attn_backend": "flashmla_mega"},
     ],
     ids=lambda changed: next(iter(changed)),
 )
@@ -172,11 +173,30 @@ def test_the_ordinary_identity_is_the_one_that_stores_hold_already(
 
 
 @pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SGLANG_DSV4_KV_LAYOUT", "v41"),
+        ("SGLANG_DSV4_COMPRESSED_KV_LAYOUT", "fp8"),
+        ("SGLANG_HIP_DSV41_INDEX_K_PAGE8", "1"),
+    ],
+)
+def test_a_variable_that_orders_the_same_elements_otherwise_is_another_model(
+    variable: str, value: str, serving: Serving, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(model_path=str(model)):
+        plain = model_identity("m")
+        monkeypatch.setenv(variable, value)
+        other = model_identity("m")
+    assert other != plain
+    assert other.lasting == plain.lasting
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         *(
             {"load_format": name}
-            for name in ("dummy", "presharded", "expert_pack", "remote", "remote_instance", "new")
+            for name in ("presharded", "expert_pack", "remote", "remote_instance", "new")
         ),
         {"weight_cache_mode": "client"},
         {"weight_cache_mode": "daemon"},
@@ -254,7 +274,7 @@ def test_a_draft_model_of_random_weights_is_this_engines_own(serving: Serving, m
         model_path=str(model),
         speculative_algorithm="EAGLE",
         speculative_draft_model_path=str(model),
-        speculative_draft_load_format="dummy",
+        speculative_draft_load_format="remote",
     ):
         target = model_identity("m")
         draft = draft_identity(target)

@@ -1,7 +1,7 @@
 """Ranks of one engine name what is temporary alike, and no other engine names anything so.
 
 SGLang's own tree, controller, threads and pools in a process a rank, without a model. Weights that no file holds
-(`--load-format dummy`) have such a name from the start.
+(`--load-format remote`) have such a name from the start.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def store(tmp_path: Path, shared_memory: Path) -> dict[str, Any]:
 def test_what_the_first_rank_stored_comes_back_to_all_and_to_no_later_engine(
     nursery: Nursery, store: dict[str, Any]
 ) -> None:
-    with nursery.ranks(FAMILY, store, load_format="dummy") as ranks:
+    with nursery.ranks(FAMILY, store, load_format="remote") as ranks:
         ranks.call("write", TOKENS)
         ranks.call("forget")
         assert ranks.call("stored", "kv", TOKENS) == [[True] * PAGES] * 2
         assert ranks.call("restore", TOKENS) == [[len(TOKENS), len(TOKENS), {"kv": True}]] * 2
-    with nursery.ranks(FAMILY, store, load_format="dummy") as later:
+    with nursery.ranks(FAMILY, store, load_format="remote") as later:
         assert later.call("prefetch", TOKENS) == [0, 0]
         assert later.call("stored", "kv", TOKENS) == [[False] * PAGES] * 2
 

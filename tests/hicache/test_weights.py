@@ -21,6 +21,7 @@ from lmcache_sglang.sglang_plugin import (
     _require_reachable_pools,
     create_backend,
 )
+from tests.hicache.sidecar_pools import logical
 
 
 @pytest.fixture(autouse=True)
@@ -141,16 +142,18 @@ def test_a_pool_that_cannot_be_reached_is_refused_before_anything_is_attached(
     pools = [entry("kv", make_pool("mha page_first"), is_anchor=True), entry("swa", mute())]
     with pytest.raises(UnsupportedEngineError, match="pool 'swa'"):
         _require_reachable_pools(None, NAME, host_pools=pools)
+    with pytest.raises(UnsupportedEngineError, match="pool 'kv'"):
+        _require_reachable_pools(None, NAME, host_pools=[entry("kv", mute(), is_anchor=True)])
 
 
 def test_what_can_be_reached_and_other_backends_are_not_refused(
     make_pool: Callable[..., Any],
 ) -> None:
     kv = entry("kv", make_pool("mha page_first"), is_anchor=True)
-    logical = entry("kv", mute(), is_anchor=True)
+    anchor = entry("kv", logical(64, 16, "page_first"), is_anchor=True)
     for backend, pools in (
         (NAME, [kv, entry("mamba", make_pool("sided page_first"))]),
-        (NAME, [logical, entry("deepseek_v4_c4", make_pool("paged page_first"))]),
+        (NAME, [anchor, entry("deepseek_v4_c4", make_pool("paged page_first"))]),
         (NAME, None),
         ("file", [entry("swa", mute())]),
     ):
