@@ -107,10 +107,17 @@ def test_a_bad_setting_refuses_the_attach_and_leaves_the_engine_serving(
 def test_another_engine_restores_what_a_killed_one_had_attached(
     model: Path, folder: Path, setup: Setup, engine: SGLangServer, cold: Answer
 ) -> None:
-    """The last test of this file: it kills the server."""
+    """The last test of this file: it kills the server. The other one has SGLang's other io backend."""
     engine.kill()
-    with server(model, setup, folder / "second.log") as second:
-        attach(second, setup)
+    direct = Setup(setup.store, flag=False, args=[*ARGS, "--hicache-io-backend", "direct"])
+    with server(model, direct, folder / "second.log") as second:
+        attach(second, direct)
         answer = ask(second, FIRST)
+        new = ask(second, prompt(2))
+        until(lambda: pages_on_disk(setup) >= 2 * len(FIRST) // setup.page_size)
+        second.post("/flush_cache")
+        again = ask(second, prompt(2))
     assert answer.storage == whole_pages(FIRST)
     assert answer.tokens == cold.tokens
+    assert again.storage == whole_pages(prompt(2))
+    assert again.tokens == new.tokens
