@@ -25,12 +25,14 @@ SERVING = """\
 Measured {}. A real SGLang server on CPU, a tiny Llama in float32, pages of 256 KiB, one thread that
 computes: the other core is SGLang's other processes', the client's and the store's. `off` is HiCache
 without a storage backend; `null` is SGLang's storage machinery over a backend that moves nothing; `lmcache`
-is memory over disk. All three are alive and one runs at a time, in turned order.
+is memory over disk. Two of each are alive and one of all runs at a time, in turned order; a round's value is the
+mean of the two, as a process may be 3 % faster than its twin for as long as it lives.
 
 `busy`: the time between two tokens of three streams, while a prompt of 512 tokens comes every 0.3 s, one
 restored from the store and one new and stored, in turn. What a store does not restore is computed, so
-`off` cannot be compared here. `no reuse`: 24 new prompts of 512 tokens and 32 tokens each in answer, four
-at a time. CPU seconds are of all the engine's processes."""
+`off` cannot be compared here, nor an idle store, with which other prompts would be computed: `null` is the store that
+takes no time. `no reuse`: 24 new prompts of 512 tokens and 32 tokens each in answer, four at a time; what SGLang itself
+spends on having a store, whichever, is `null` beside `off`. CPU seconds are of all the engine's processes."""
 SMALL_CELL = 4 << 10  # measured for the cost of a call only
 
 

@@ -1,7 +1,8 @@
 """What a store costs the requests that do not need it: a real SGLang on CPU, with and without ours.
 
-Three engines of one model are alive at once and one of them runs; the others are stopped by a signal, so
-that they take no time and a round of each follows the other within seconds.
+Two engines of each kind are alive at once and one of all runs; the others are stopped by a signal, so that they
+take no time and a round of each follows the other within seconds. A process is up to 3 % faster or slower than its
+twin for as long as it lives (by where its memory came to lie, say), so a round's value is the mean of the twins.
 
     off      HiCache without a storage backend
     null     HiCache with a backend that moves nothing (null_storage.py)
@@ -21,7 +22,7 @@ import signal
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import null_storage, requests
@@ -80,12 +81,14 @@ def measure(rounds: int, disk: Path, say: Say) -> list[Served]:
     with ExitStack() as stack:
         engines = _start(stack, disk, say)
         for number in range(-1, rounds):
+            found: dict[tuple[str, str, str], list[float]] = {}
             for engine in engines if number % 2 else reversed(engines):
                 engine.resume()
-                found = _round(engine, number)
+                for (workload, metric), value in _round(engine, number).items():
+                    found.setdefault((workload, engine.name, metric), []).append(value)
                 engine.pause()
-                for (workload, metric), value in found.items() if number >= 0 else ():
-                    table.setdefault((workload, engine.name, metric), []).append(value)
+            for names, values in found.items() if number >= 0 else ():
+                table.setdefault(names, []).append(statistics.fmean(values))
             say("  warmed up" if number < 0 else f"  round {number + 1} of {rounds}")
     return [Served(*names, values) for names, values in table.items()]
 
@@ -96,15 +99,18 @@ def _start(stack: ExitStack, disk: Path, say: Say) -> list[Engine]:
         disk / "model", dtype="float32", num_layers=8, num_kv_heads=4, head_dim=64
     )
     null = (*ARGS, *STORAGE, json.dumps(null_storage.CONFIG))
-    ours = Setup(disk / "store", "1GiB", "4GiB", args=ARGS, env=ENVIRONMENT, page_size=PAGE_SIZE)
-    stack.callback(ours.forget_memory)
+    none = Setup(disk, flag=False, args=ARGS, env=ENVIRONMENT, page_size=PAGE_SIZE)
+    setups = {
+        "off": none,
+        "null": replace(none, args=null),
+        "lmcache": replace(none, flag=True, cpu="1GiB", disk="4GiB"),
+    }
     engines = []
-    for name, setup in (
-        ("off", Setup(disk, flag=False, args=ARGS, env=ENVIRONMENT, page_size=PAGE_SIZE)),
-        ("null", Setup(disk, flag=False, args=null, env=ENVIRONMENT, page_size=PAGE_SIZE)),
-        ("lmcache", ours),
-    ):
-        engine = Engine(name, stack.enter_context(server(model, setup, disk / f"{name}.log")))
+    for at, name in enumerate((*setups, *reversed(setups))):
+        setup = replace(setups[name], store=disk / f"store {at}")
+        stack.callback(setup.forget_memory)
+        log = disk / f"{name} {at}.log"
+        engine = Engine(name, stack.enter_context(server(model, setup, log)))
         stack.callback(engine.resume)  # a stopped process does not hear that it is to end
         for number in range(MIX.documents):
             prompt = requests.tokens(requests.document(MIX, number), MIX.prompt_tokens)

@@ -131,6 +131,7 @@ def _serving(results: Results) -> list[Target]:
         compare(BUSY, "mean, ms", "null", 1.02),
         compare(BUSY, "median, ms", "null", 1.02),
         compare(NO_REUSE, "seconds", "off", 1.01),
+        compare(NO_REUSE, "seconds", "null", 1.01),
     ]
 
 
