@@ -26,7 +26,7 @@ Measured {}. A real SGLang server on CPU, a tiny Llama in float32, pages of 256 
 computes: the other core is SGLang's other processes', the client's and the store's. `off` is HiCache
 without a storage backend; `null` is SGLang's storage machinery over a backend that moves nothing; `lmcache`
 is memory over disk. Two of each are alive and one of all runs at a time, in turned order; a round's value is the
-mean of the two, as a process may be 3 % faster than its twin for as long as it lives.
+mean of the two, as processes of a kind differ for as long as they live.
 
 `busy`: the time between two tokens of three streams, while a prompt of 512 tokens comes every 0.3 s, one
 restored from the store and one new and stored, in turn. What a store does not restore is computed, so

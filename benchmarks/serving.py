@@ -1,8 +1,8 @@
 """What a store costs the requests that do not need it: a real SGLang on CPU, with and without ours.
 
 Two engines of each kind are alive at once and one of all runs; the others are stopped by a signal, so that they
-take no time and a round of each follows the other within seconds. A process is up to 3 % faster or slower than its
-twin for as long as it lives (by where its memory came to lie, say), so a round's value is the mean of the twins.
+take no time and a round of each follows the other within seconds. Processes of a kind differ for as long as they
+live (2.3 % was seen over three rounds), so a round's value is the mean of the twins.
 
     off      HiCache without a storage backend
     null     HiCache with a backend that moves nothing (null_storage.py)

@@ -19,7 +19,7 @@ import logging
 import time
 from collections import Counter
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import msgspec
 import torch
@@ -241,7 +241,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         """How many of the first pages are stored, without a gap."""
         if self._anchor_is_logical:
             return len(keys)
-        (kv,) = self._here([(PoolName.KV, keys)], [True])
+        (kv,) = self._here(keys)
         found = restorable.all_pages(kv.here).boundary
         events.of_this_process.lost(keys[found:])
         return self._worth(kv.tiers[:found], keys)
@@ -254,29 +254,24 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         rates = [self._chain.rates[tier.name] for tier in tiers]
         return self._recompute.pays(rates, pool.page_bytes, pool.page_size, bytes.fromhex(keys[-1]))
 
-    def _here(
-        self, asked: Sequence[tuple[PoolName, Sequence[str]]], beside_kv: Sequence[bool]
-    ) -> list[Found]:
+    def _here(self, keys: list[str], transfers: Sequence[PoolTransfer] = ()) -> list[Found]:
         """Which pages of each pool are stored, whole or in pieces that others stored. The KV pool comes first."""
-        # SGLang reads on one thread: a request would wait behind the read that hangs.
+        asked = _asked(keys, transfers)
+        # SGLang reads on one thread: a request would wait behind the call that hangs.
         if self._chain.hangs():
-            self._statistics.missed("reader.hangs", len(asked[0][1]))
-            return [Found([None] * len(keys)) for _, keys in asked]
-        raw = [_raw(page_hashes) for _, page_hashes in asked]
-        names = [name for name, _ in asked]
-        answers = self._look_up(names, raw, beside_kv)
+            self._statistics.missed("reader.hangs", len(keys))
+            return [Found([None] * len(each.page_hashes)) for each in asked]
+        answers = self._look_up(asked)
         if any(None in found.holders for found in answers) and self._look_around():
-            return self._look_up(names, raw, beside_kv)
+            return self._look_up(asked)
         return answers
 
-    def _look_up(
-        self, names: Sequence[PoolName], raw: Sequence[list[bytes]], beside_kv: Sequence[bool]
-    ) -> list[Found]:
+    def _look_up(self, asked: Sequence[Asked]) -> list[Found]:
         """`_here`, for the kinds of page that are known."""
-        pools = [self._pools.get(name) for name in names]
+        pools = [self._pools.get(each.pool) for each in asked]
         wanted = [
-            Wanted(pool.standing if pool else None, page_hashes, beside)
-            for pool, page_hashes, beside in zip(pools, raw, beside_kv, strict=True)
+            Wanted(pool.standing if pool else None, each.page_hashes, each.beside_kv)
+            for pool, each in zip(pools, asked, strict=True)
         ]
         found, partly = look_up(self._chain, wanted)
         self._statistics.missed("pieces.missing", partly)
@@ -297,9 +292,7 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         One lookup for the pages of all pools, so that what is said of them is of one moment.
         """
         transfers = pool_transfers or []
-        asked = [(transfer.name, _asked_of(transfer, keys)) for transfer in transfers]
-        beside_kv = [True, *(not _is_of_groups(transfer) for transfer in transfers)]
-        kv, *others = self._here([(PoolName.KV, keys), *asked], beside_kv)
+        kv, *others = self._here(keys, transfers)
         usable = restorable.all_pages([True] * len(keys) if self._anchor_is_logical else kv.here)
         hits = {PoolName.KV: usable.boundary}
         worth = (
@@ -524,14 +517,23 @@ def _raw(page_hashes: Sequence[str]) -> list[bytes]:
     return raw
 
 
-def _asked_of(transfer: PoolTransfer, keys: list[str]) -> list[str]:
-    """The pages of a pool that a lookup concerns: those of the span, or the keys of its groups."""
-    return (transfer.keys or []) if _is_of_groups(transfer) else keys
+class Asked(NamedTuple):
+    """What a lookup asks of one pool: the pages of the span, or of its groups of blocks."""
+
+    pool: PoolName
+    page_hashes: list[bytes]
+    beside_kv: bool
 
 
-def _is_of_groups(transfer: PoolTransfer) -> bool:
-    """Whether a pool has keys of its own, a group of blocks each."""
-    return bool(transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS)
+def _asked(keys: list[str], transfers: Sequence[PoolTransfer]) -> list[Asked]:
+    """Of the KV pool, and of each other; the span's hashes are made once for all of them."""
+    span = _raw(keys)
+    asked = [Asked(PoolName.KV, span, True)]
+    for transfer in transfers:
+        groups = transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS
+        own = _raw(transfer.keys or []) if groups else span
+        asked.append(Asked(transfer.name, own, not groups))
+    return asked
 
 
 def _before(extra_info: HiCacheStorageExtraInfo | None, chained: bool) -> tuple[bytes, int]:

@@ -36,9 +36,7 @@ class Source(NamedTuple):
 
     path: str
     revision: str | None = None
-    download_dir: str | None = (
-        None  # where SGLang puts what it downloads, if not in the hub's cache
-    )
+    download_dir: str | None = None  # where SGLang puts downloads, if not in the hub's cache
     is_model: bool = True  # or an adapter; else whatever lies there
 
     @property
@@ -67,9 +65,8 @@ class Source(NamedTuple):
         if path.exists():
             return path
         found = _downloaded(self.path, self.revision)
-        if (
-            self.download_dir is not None
-        ):  # SGLang puts the weights there and looks for the rest here
+        if self.download_dir is not None:
+            # SGLang puts the weights there, and looks for the rest here.
             weights = _downloaded(self.path, self.revision, self.download_dir)
             if weights.resolve() != found.resolve():
                 raise OSError(f"its weights lie in {weights} and its configuration in {found}")

@@ -44,6 +44,7 @@ import threading
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
 
@@ -143,7 +144,6 @@ SEAMS = (
     "sglang.srt.mem_cache.utils.get_hash_str",
     "sglang.srt.runtime_context.get_exec",
     "sglang.srt.runtime_context.get_lora",
-    "sglang.srt.runtime_context.get_exec",
     "sglang.srt.runtime_context.get_memory",
     "sglang.srt.runtime_context.get_model",
     "sglang.srt.runtime_context.get_spec",
@@ -151,9 +151,8 @@ SEAMS = (
 )
 
 
-# Set once the arguments of an engine with the flag were looked at; adapters get their ids after that.
-_FLAG_IN_USE = threading.Event()
-_ONE_NODE = threading.Event()  # such an engine runs on one node
+# Set once the arguments of an engine with the flag, on one node, were looked at; adapters get their ids after that.
+_ADAPTERS_BY_WEIGHTS = threading.Event()
 _BACKEND_MADE = threading.Event()  # in this process
 
 
@@ -170,7 +169,6 @@ def activate() -> None:
     StorageBackendFactory.register_backend(NAME, "lmcache_sglang.hicache.backend", "LMCacheBackend")
     HookRegistry.register(_ADD_CLI_ARGS, _add_choice, HookType.AFTER)
     HookRegistry.register(_RESOLVE, _prepare, HookType.BEFORE)
-    HookRegistry.register(_RESOLVE, _note_the_nodes, HookType.BEFORE)
     HookRegistry.register(_LAYOUT, _prefer_page_first, HookType.AFTER)
     HookRegistry.register(_CREATE, _create, HookType.AROUND)
     HookRegistry.register(_MAKE_CONTROLLER, _note_what_was_loaded, HookType.BEFORE)
@@ -266,7 +264,10 @@ def _prepare(server_args: Any, *_: Any, **__: Any) -> None:
     if not _uses_the_flag(server_args) or _resolved_before(server_args):
         return
     Config.load(parse_extra(server_args.hicache_storage_backend_extra_config))
-    _FLAG_IN_USE.set()
+    if server_args.nnodes == 1:
+        _ADAPTERS_BY_WEIGHTS.set()
+    else:
+        _ADAPTERS_BY_WEIGHTS.clear()
     running = version("sglang")
     if running not in TESTED:
         logger.warning(
@@ -292,15 +293,6 @@ def _require_hierarchical_cache(server_args: Any) -> None:
             raise ConfigError(
                 f"{FLAG} {NAME}", f"does not go with {flag}, {why}. Leave one of them out"
             )
-
-
-def _note_the_nodes(server_args: Any, *_: Any, **__: Any) -> None:
-    if not _uses_the_flag(server_args) or _resolved_before(server_args):
-        return
-    if server_args.nnodes == 1:
-        _ONE_NODE.set()
-    else:
-        _ONE_NODE.clear()
 
 
 def _resolved_before(server_args: Any) -> bool:
@@ -427,14 +419,19 @@ def _attach_whole(original: Callable[..., Any], controller: Any, *rest: Any, **n
     """SGLang gives the backend its second pool when its threads run already, and stops none of them where that one
     is refused: the next attach would be told that there is a store."""
     was_attached = getattr(controller, "enable_storage", False)
-    try:
-        return original(controller, *rest, **named)
-    except Exception:
-        is_attached = getattr(controller, "enable_storage", False)
-        ours = getattr(controller, "storage_backend_type", None) == NAME
-        if ours and is_attached and not was_attached:
-            controller.detach_storage_backend()
-        raise
+    with ExitStack() as undo:
+        if not was_attached:
+            undo.callback(_detach, controller)
+        done = original(controller, *rest, **named)
+        undo.pop_all()
+        return done
+
+
+def _detach(controller: Any) -> None:
+    """Undo an attach of ours that went wrong when it was half done."""
+    ours = getattr(controller, "storage_backend_type", None) == NAME
+    if ours and getattr(controller, "enable_storage", False):
+        controller.detach_storage_backend()
 
 
 def _back_up_every_shard(
@@ -464,15 +461,14 @@ def _replace_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 def _lose_weights(_: Any, __: Any, request: Any, *___: Any, **____: Any) -> None:
     """Weights whose memory was released come back as whatever lies there, until they are updated; unless SGLang kept
-    a copy."""
+    a copy. An SGLang that does not say so is taken to have kept none."""
     from sglang.srt.runtime_context import get_exec
 
     from .hicache import weights
 
-    if (
-        "weights" in (request.tags or ["weights"])
-        and not get_exec().features.enable_weights_cpu_backup
-    ):
+    tags = getattr(request, "tags", None) or ["weights"]  # without tags it is all there is
+    has_copy = getattr(get_exec().features, "enable_weights_cpu_backup", False)
+    if "weights" in tags and not has_copy:
         weights.replaced()
 
 
@@ -628,7 +624,7 @@ def _identify_adapter(original: Callable[[str, str], str], lora_name: str, lora_
     Adapters loaded at run time get a random id from SGLang: they are never restored after a restart.
     """
     named = original(lora_name, lora_path)
-    if not _FLAG_IN_USE.is_set() or not _ONE_NODE.is_set():
+    if not _ADAPTERS_BY_WEIGHTS.is_set():
         return named
     from .hicache.engine import adapter_id
 

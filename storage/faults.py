@@ -19,9 +19,8 @@ class Faults:
         self._lock = Lock()
         self._counts: Counter[tuple[str, str]] = Counter()
         self._seldom = Seldom()
-        self._logged: Counter[tuple[str, str]] = (
-            Counter()
-        )  # how many there were at the last message
+        # How many there were at the last message.
+        self._logged: Counter[tuple[str, str]] = Counter()
 
     def error(self, error: TierError) -> None:
         """A tier failed: its callers see misses."""

@@ -200,6 +200,7 @@ def test_the_flag_does_not_turn_it_on_where_a_decode_engine_has_it_off(scenario:
             hicache_storage_backend_extra_config=None,
             enable_hierarchical_cache=False,
             disaggregation_mode="decode",
+            nnodes=1,
         )
         sglang_plugin._prepare(seen)
         result = seen.enable_hierarchical_cache

@@ -127,7 +127,7 @@ class RankTree:
         """What a prefetch of a prompt may take, in seconds: by SGLang's own clock, and by `patience`.
 
         Returns:
-            reading: what a read of this controller gets, to a tenth, until SGLang has looked for the first time whether it is done.
+            reading: what a read of this controller gets, to a tenth, until SGLang has first looked whether it is done.
             sglang: what SGLang gives it then; None where its policy has no budget.
             equal: whether `patience` says what is left of that, while SGLang's clock runs.
         """

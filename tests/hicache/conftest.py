@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 from lmcache_sglang.config import Config
 from lmcache_sglang.hicache.identity import ModelIdentity
 from lmcache_sglang.store import open_chain, require_room
+from lmcache_sglang.testing.rank_processes import Nursery
 from tests.hicache import sidecar_pools
 
 if TYPE_CHECKING:
@@ -22,6 +24,25 @@ CPU = torch.device("cpu")
 LAYERS = 3
 END = 0  # of a pool, after one past its last layer; SGLang itself is not of one mind
 HOST_BUDGET = 1 << 30  # SGLang wants ten gigabytes free beside a pool, unless it is told a budget
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Starts ranks of SGLang's tree and controller, without a model, in processes of their own."""
+    if find_spec("sglang") is None:
+        pytest.skip("SGLang is not installed here")
+    with Nursery(tmp_path_factory.mktemp("nursery")) as warm:
+        yield warm
+
+
+@pytest.fixture
+def store(tmp_path: Path, shared_memory: Path) -> dict[str, Any]:
+    """Settings of a small store for such ranks."""
+    return {
+        "path": str(tmp_path / "store"),
+        "cpu": {"size": "16MiB", "path": str(shared_memory / "cpu")},
+        "disk": {"size": "32MiB"},
+    }
 
 
 @pytest.fixture

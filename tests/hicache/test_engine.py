@@ -12,6 +12,7 @@ import pytest
 
 from lmcache_sglang.hicache import sources, weights
 from lmcache_sglang.hicache.engine import adapter_id, draft_identity, model_identity
+from lmcache_sglang.hicache.identity import ModelIdentity
 
 Serving = Callable[..., AbstractContextManager[Any]]
 
@@ -243,13 +244,20 @@ def test_what_lies_beside_the_model_is_known_by_what_is_in_it(
     setting: str, serving: Serving, model: Path, tmp_path: Path
 ) -> None:
     file, copy = tmp_path / "beside", tmp_path / "copy"
-    seen = []
-    for place, content in ((file, b"one"), (file, b"two"), (copy, b"one")):
+
+    def served(place: Path, content: bytes) -> ModelIdentity:
         place.write_bytes(content)
         with serving(model_path=str(model), **{setting: str(place)}):
-            seen.append(model_identity("m"))
-    assert all(identity.lasting for identity in seen)
-    assert seen[0] == seen[2] != seen[1]
+            return model_identity("m")
+
+    require_known_by_content(served(file, b"one"), served(file, b"two"), served(copy, b"one"))
+
+
+def require_known_by_content(one: Any, other: Any, one_again: Any) -> None:
+    """Of what lies somewhere: identities of engines that last, and that are the same where it is."""
+    assert one.lasting
+    assert other.lasting
+    assert one == one_again != other
 
 
 def test_what_lies_beside_a_draft_model_is_known_by_what_is_in_it(
@@ -376,13 +384,13 @@ def test_an_adapter_whose_id_does_not_know_its_weights_enters_with_them(
     """Of an engine that was started without the flag, or on several nodes: its pages have SGLang's own id."""
     folder = tmp_path / "adapter"
     folder.mkdir()
-    seen = []
-    for content in (b"trained", b"trained more", b"trained"):
+
+    def served(content: bytes) -> ModelIdentity:
         (folder / "adapter_model.bin").write_bytes(content)
         with serving(model_path=str(model), enable_lora=True, lora_paths=[adapter(folder)]):
-            seen.append(model_identity("m"))
-    assert all(identity.lasting for identity in seen)
-    assert seen[0] == seen[2] != seen[1]
+            return model_identity("m")
+
+    require_known_by_content(served(b"trained"), served(b"trained more"), served(b"trained"))
 
 
 def test_an_adapter_whose_id_knows_its_weights_changes_nothing_else(

@@ -6,12 +6,7 @@ SGLang's own tree, controller, threads and pools in a process a rank, without a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from lmcache_sglang.testing.rank_pools import Family
 from lmcache_sglang.testing.rank_processes import Nursery
@@ -19,23 +14,6 @@ from lmcache_sglang.testing.rank_processes import Nursery
 PAGES = 8
 FAMILY = Family("mla", 16, ranks=2)  # of which only the first rank stores the KV
 TOKENS = list(range(1000, 1000 + PAGES * FAMILY.page_size))
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    if find_spec("sglang") is None:
-        pytest.skip("SGLang is not installed here")
-    with Nursery(tmp_path_factory.mktemp("nursery")) as warm:
-        yield warm
-
-
-@pytest.fixture
-def store(tmp_path: Path, shared_memory: Path) -> dict[str, Any]:
-    return {
-        "path": str(tmp_path / "store"),
-        "cpu": {"size": "16MiB", "path": str(shared_memory / "cpu")},
-        "disk": {"size": "32MiB"},
-    }
 
 
 def test_what_the_first_rank_stored_comes_back_to_all_and_to_no_later_engine(

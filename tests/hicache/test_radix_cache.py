@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,23 +23,6 @@ FAMILIES = list(POOLS)
 
 Store = dict[str, Any]
 Prompt = Callable[[int], list[int]]
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    if find_spec("sglang") is None:
-        pytest.skip("SGLang is not installed here")
-    with Nursery(tmp_path_factory.mktemp("nursery")) as warm:
-        yield warm
-
-
-@pytest.fixture
-def store(tmp_path: Path, shared_memory: Path) -> Store:
-    return {
-        "path": str(tmp_path / "store"),
-        "cpu": {"size": "16MiB", "path": str(shared_memory / "cpu")},
-        "disk": {"size": "32MiB"},
-    }
 
 
 def prompt(family: Family, pages: int = PAGES, first: int = 1000) -> list[int]:

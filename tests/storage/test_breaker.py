@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lmcache_sglang.storage.breaker import FAILURES, FIRST_SECONDS, MOST_SECONDS, Breaker
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.storage.clock import Clock
 
 
 @pytest.fixture

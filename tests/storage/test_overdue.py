@@ -13,17 +13,11 @@ from lmcache_sglang.storage.base import NO_LIMITS, Limits, Lookup, page_key
 from lmcache_sglang.storage.chain import Chain
 from lmcache_sglang.storage.memory import MemoryTier
 from lmcache_sglang.storage.overdue import Overdue
+from tests.storage.clock import Clock
 
 KEY = page_key(bytes(16), bytes(32))
 PAGE = bytes(range(256)) * 16
 WAIT_SECONDS = 30.0
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_a_read_is_overdue_from_its_time_until_it_comes_back() -> None:

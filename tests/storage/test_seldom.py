@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 from lmcache_sglang.storage.seldom import EVERY_SECONDS, Seldom
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.storage.clock import Clock
 
 
 def test_each_kind_is_due_at_once_and_then_again_when_its_time_is_over() -> None:
