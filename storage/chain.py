@@ -144,9 +144,8 @@ class Chain:
             return nothing
         if self._is_overdue(tier):
             return nothing
-        with self._overdue[tier.name].expected(
-            LOOKUP_SECONDS
-        ):  # an index may lie on a disk that hangs
+        # Even this may hang: an index may lie on the disk that does.
+        with self._overdue[tier.name].expected(LOOKUP_SECONDS):
             return self._ask(tier, nothing, tier.exists, keys)
 
     def hangs(self) -> bool:

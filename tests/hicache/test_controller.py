@@ -18,7 +18,8 @@ from tests.hicache.test_backend import indices
 from tests.hicache.test_several_pools import content, fill
 
 PAGE, SPAN = 4, 6  # tokens; pages
-# Beside the KV pool, which of "compressed" has no memory: pool, kind, how many of the last pages it needs (0: of all, where the KV lies).
+# Beside the KV pool, which of "compressed" has no memory: pool, kind, how many of the last pages it needs (0: of all,
+# where the KV lies).
 SIDECARS: dict[str, list[tuple[str, str, int]]] = {
     "indexer": [("indexer", "key_only page_first", 0)],
     "indexer of layers": [("indexer", "key_only layer_first", 0)],
