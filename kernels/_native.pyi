@@ -36,3 +36,30 @@ def use_simd(unit: str) -> None: ...
 class Workers:
     def __init__(self, threads: int) -> None: ...
     def run(self, count: int, job: Callable[[int], object]) -> None: ...
+
+# Copies between layouts (kernels/csrc/bind_copy.cpp). Call them through layout.py and copy_plan.py.
+
+class Layout:
+    def __init__(
+        self,
+        planes: Sequence[tuple[Sequence[int], int, int, int, int]],
+        pages_at: Sequence[int],
+        pages: int,
+        page_size: int,
+        heads: int,
+        itemsize: int,
+        memory: Sequence[tuple[int, int]],
+    ) -> None: ...
+
+def copy(
+    src: Layout,
+    dst: Layout,
+    scales: Layout,
+    src_slots: Buffer,
+    dst_slots: Buffer,
+    tokens: int,
+    first_layer: int,
+    last_layer: int,
+    convert: int,
+    workers: Workers,
+) -> int: ...

@@ -206,6 +206,8 @@ void run_workers(Workers& workers, size_t count, const nb::callable& job) {
 
 }  // namespace
 
+void bind_copy(nb::module_& m);  // bind_copy.cpp
+
 NB_MODULE(_native, m) {
   using namespace nb::literals;
   m.def("gather_pages", &gather_pages, "keys"_a, "records"_a, "addresses"_a, "sizes"_a,
@@ -224,4 +226,5 @@ NB_MODULE(_native, m) {
   nb::class_<Workers>(m, "Workers")
       .def(nb::init<unsigned>(), "threads"_a)
       .def("run", &run_workers, "count"_a, "job"_a);
+  bind_copy(m);
 }

@@ -1,0 +1,149 @@
+"""Copies of pages between two layouts, on a CPU: one native call a batch, the GIL released.
+
+    plan = CopyPlan.of_pages([3, 4], [0, 1], page_size=64)
+    copy_pages(plan, PageLayout.host_pool(...), PageLayout.device_pool(...))
+
+There is one function for all pairs of layouts. What is contiguous on both sides is found once a plan and moved as one
+run; `csrc/copy_params.hpp` says how the rest is counted, and `csrc/copy_body.hpp` is what a GPU runs as well.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeAlias
+
+from . import _native
+from .layout import PageLayout
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    Slots: TypeAlias = Sequence[int] | Buffer
+
+MOST_THREADS = 8  # more than fill the memory's bandwidth
+
+
+class Convert(IntEnum):
+    """What becomes of the numbers on the way. The values are those of the native side.
+
+    To e4m3, each run (one token's head in one layer) is divided by its largest magnitude over 448, which is its
+    scale; back, it is multiplied by it. Rounding is to nearest, ties to even.
+    """
+
+    NONE = 0
+    BF16_TO_E4M3 = 1
+    FP16_TO_E4M3 = 2
+    E4M3_TO_BF16 = 3
+    E4M3_TO_FP16 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPlan:
+    """Which tokens go where.
+
+    Attributes:
+        src_slots: int64 [n], in host memory: the first slot of each piece, in the source's layout. A slot may be in it
+            more than once.
+        dst_slots: int64 [n]: where each piece goes; no slot twice.
+        tokens: of a piece, all of one page on either side.
+        layers: which of both layouts' layers; None: all.
+        convert: of the numbers.
+    """
+
+    src_slots: Slots
+    dst_slots: Slots
+    tokens: int = 1
+    layers: range | None = None
+    convert: Convert = Convert.NONE
+
+    @classmethod
+    def of_pages(
+        cls,
+        src_pages: Sequence[int],
+        dst_pages: Sequence[int],
+        *,
+        page_size: int,
+        layers: range | None = None,
+        convert: Convert = Convert.NONE,
+    ) -> CopyPlan:
+        """Whole pages, of as many tokens on both sides."""
+        first = [page * page_size for page in src_pages]
+        return cls(first, [page * page_size for page in dst_pages], page_size, layers, convert)
+
+
+def copy_pages(
+    plan: CopyPlan,
+    src: PageLayout,
+    dst: PageLayout,
+    *,
+    scales: PageLayout | None = None,
+    threads: int = 0,
+) -> int:
+    """Copy; all of it is done when this returns.
+
+    Args:
+        scales: one float32 a run, of the same slots as the e4m3 side: written on the way there, read on the way back.
+        threads: at work on it; 0: as the machine has cores, up to 8.
+
+    Returns:
+        Bytes that were read.
+
+    Raises:
+        ValueError: layouts that are not alike, that share memory, or an argument that contradicts another one.
+        IndexError: a slot that is not in its layout, or twice in `dst_slots`.
+        Both name the argument; nothing was copied then.
+    """
+    src, dst = _alike(src, dst)
+    if (plan.convert == Convert.NONE) != (scales is None):
+        raise ValueError("scales: needed for conversions to and from e4m3, and for them alone")
+    chosen = range(src.layers) if plan.layers is None else plan.layers
+    if chosen.step != 1 or chosen.start < 0 or not chosen:
+        raise ValueError(f"layers: {chosen} is no range of layers")
+    return _native.copy(
+        src.native,
+        dst.native,
+        (scales or src).native,
+        _slots(plan.src_slots, "src_slots"),
+        _slots(plan.dst_slots, "dst_slots"),
+        plan.tokens,
+        chosen.start,
+        chosen.stop,
+        plan.convert,
+        _workers(threads),
+    )
+
+
+def _alike(src: PageLayout, dst: PageLayout) -> tuple[PageLayout, PageLayout]:
+    """Both with their heads in as many groups: page_unified keeps each group apart."""
+    ratio = len(dst.planes) / len(src.planes)
+    if ratio > 1 and ratio.is_integer() and src.heads == dst.heads * ratio:
+        return src.split_heads(int(ratio)), dst
+    if 0 < ratio < 1 and (1 / ratio).is_integer() and dst.heads * ratio == src.heads:
+        return src, dst.split_heads(int(1 / ratio))
+    return src, dst
+
+
+def _slots(given: Slots, name: str) -> Buffer:
+    if isinstance(given, list | tuple | range):
+        try:
+            return array("q", given)
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"{name}: {error}") from None
+    return given  # type: ignore[return-value]  # a buffer; the native side looks at its type
+
+
+def _workers(threads: int) -> _native.Workers:
+    if threads < 0:
+        raise ValueError(f"threads: {threads} is less than none")
+    return _pool(threads or min(MOST_THREADS, len(os.sched_getaffinity(0))), os.getpid())
+
+
+@lru_cache(maxsize=4)
+def _pool(threads: int, _process: int) -> _native.Workers:
+    """A forked child has none of its parent's threads, so it makes its own."""
+    return _native.Workers(threads)

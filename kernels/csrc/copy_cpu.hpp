@@ -1,0 +1,108 @@
+// Copies of pages on a CPU: items in the order of the destination, shared among threads.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "copy.hpp"
+#include "copy_body.hpp"
+#include "copy_plan.hpp"
+#include "fp8.hpp"
+#include "workers.hpp"
+
+namespace lmcache {
+
+// A plan that writes as much as the caches hold goes past them, where a run has lines to stream.
+inline constexpr uint64_t kStreamPlanFrom = uint64_t{1} << 20;
+inline constexpr uint32_t kStreamRunFrom = 4 * copying::kLineBytes;
+inline constexpr uint64_t kBytesOfAJob = uint64_t{256} << 10;
+
+// How a CPU moves a run: with streaming stores, or with the caches.
+struct StreamRun {
+  static void move(uint8_t* to, const uint8_t* from, size_t n) { copying::stream(to, from, n); }
+};
+
+struct CacheRun {
+  static void move(uint8_t* to, const uint8_t* from, size_t n) { std::memcpy(to, from, n); }
+};
+
+template <class Move>
+void copy_items(const CopyParams& p, uint32_t first, uint32_t last) {
+  const Axis& inner = p.axis[kAxes - 1];
+  for (uint32_t number = first; number < last; ++number) {
+    const Item item = find_item(p, number, 2);
+    for (uint32_t run = 0; run < inner.count.by; ++run)
+      Move::move(reinterpret_cast<uint8_t*>(item.at[kDst] + offset(p, inner, kDst, run)),
+                 reinterpret_cast<const uint8_t*>(item.at[kSrc] + offset(p, inner, kSrc, run)),
+                 p.run);
+  }
+}
+
+template <class Half>
+void quantize_items(const CopyParams& p, uint32_t first, uint32_t last) {
+  using How = Quantize<Half>;
+  for (uint32_t number = first; number < last; ++number) {
+    const Item item = find_item(p, number, kSides);
+    for (uint32_t run = 0; run < p.axis[kAxes - 1].count.by; ++run) {
+      const Converted<How> at(p, item, run);
+      *at.scale = How::scale(How::largest(at.from, p.run, 0, 1));
+      convert_run<How>(at.to, at.from, p.run, *at.scale, 0, 1);
+    }
+  }
+}
+
+template <class Half>
+void dequantize_items(const CopyParams& p, uint32_t first, uint32_t last) {
+  using How = Dequantize<Half>;
+  for (uint32_t number = first; number < last; ++number) {
+    const Item item = find_item(p, number, kSides);
+    for (uint32_t run = 0; run < p.axis[kAxes - 1].count.by; ++run) {
+      const Converted<How> at(p, item, run);
+      convert_run<How>(at.to, at.from, p.run, *at.scale, 0, 1);
+    }
+  }
+}
+
+using CopyItems = void (*)(const CopyParams&, uint32_t first, uint32_t last);
+
+inline bool streams(const CopyPlan& plan, const CopyParams& part) {
+  return plan.bytes() >= kStreamPlanFrom && part.run >= kStreamRunFrom;
+}
+
+inline CopyItems cpu_kernel(const CopyPlan& plan, const CopyParams& part) {
+  switch (plan.convert()) {
+    case Convert::kBf16ToE4m3:
+      return quantize_items<Bf16>;
+    case Convert::kFp16ToE4m3:
+      return quantize_items<Fp16>;
+    case Convert::kE4m3ToBf16:
+      return dequantize_items<Bf16>;
+    case Convert::kE4m3ToFp16:
+      return dequantize_items<Fp16>;
+    case Convert::kNone:
+      break;
+  }
+  return streams(plan, part) ? copy_items<StreamRun> : copy_items<CacheRun>;
+}
+
+// All bytes are where every thread sees them when this returns.
+inline void copy_on_cpu(const CopyPlan& plan, Workers& workers) {
+  for (const CopyParams& part : plan.parts()) {
+    const CopyItems kernel = cpu_kernel(plan, part);
+    const uint64_t item_bytes = uint64_t{part.axis[kAxes - 1].count.by} * part.run;
+    const uint32_t items = part.items();
+    const auto of_a_job = static_cast<uint32_t>(
+        std::clamp<uint64_t>(kBytesOfAJob / std::max<uint64_t>(item_bytes, 1), 1, items + 1ull));
+    const size_t jobs = (uint64_t{items} + of_a_job - 1) / of_a_job;
+    workers.run(jobs, [&](size_t job) {
+      const auto first = static_cast<uint32_t>(job * of_a_job);
+      kernel(part, first,
+             static_cast<uint32_t>(std::min<uint64_t>(items, first + uint64_t{of_a_job})));
+      copying::fence();
+    });
+  }
+}
+
+}  // namespace lmcache

@@ -1,0 +1,157 @@
+// Numbers of 16 bits and of 8 (e4m3: Micikevicius et al., 2022, "FP8 formats for deep learning"; no
+// infinities, 448 the largest), by integer arithmetic alone, so that a CPU and a GPU agree bit by
+// bit.
+#pragma once
+
+#include "copy_body.hpp"
+
+namespace lmcache {
+
+LMCACHE_HD float as_float(uint32_t bits) {
+  union {
+    uint32_t bits;
+    float value;
+  } both{bits};
+  return both.value;
+}
+
+LMCACHE_HD uint32_t bits_of(float value) {
+  union {
+    float value;
+    uint32_t bits;
+  } both{value};
+  return both.bits;
+}
+
+// Drops the lowest `bits`, to nearest, ties to even.
+LMCACHE_HD uint32_t round_off(uint32_t value, unsigned bits) {
+  const uint32_t half = 1u << (bits - 1);
+  return (value + half - 1 + ((value >> bits) & 1)) >> bits;
+}
+
+LMCACHE_HD bool is_nan(uint32_t float_bits) { return (float_bits & 0x7FFFFFFF) > 0x7F800000; }
+
+struct Bf16 {
+  LMCACHE_HD static float decode(uint16_t bits) { return as_float(uint32_t{bits} << 16); }
+
+  LMCACHE_HD static uint16_t encode(float value) {
+    const uint32_t bits = bits_of(value);
+    if (is_nan(bits)) return static_cast<uint16_t>(bits >> 16 | 0x40);
+    return static_cast<uint16_t>(round_off(bits, 16));
+  }
+};
+
+// A format of kExponent and kMantissa bits whose numbers are all floats: what e4m3 and fp16 share.
+template <unsigned kMantissa, int kBias, uint32_t kLargest, uint32_t kAbove>
+struct Small {
+  static constexpr unsigned kDropped = 23 - kMantissa;
+
+  // Of a magnitude; kAbove where it is beyond the largest.
+  LMCACHE_HD static uint32_t encode_magnitude(uint32_t bits) {
+    const int exponent = static_cast<int>(bits >> 23) - 127 + kBias;
+    uint32_t small;
+    if (exponent >= 1) {
+      small = round_off(bits - (static_cast<uint32_t>(127 - kBias) << 23), kDropped);
+    } else {
+      const unsigned drop = kDropped + static_cast<unsigned>(1 - exponent);
+      const uint32_t mantissa = (bits & 0x7FFFFF) | 0x800000;
+      small = drop > 24 ? 0 : round_off(mantissa, drop);
+    }
+    return small > kLargest ? kAbove : small;
+  }
+
+  LMCACHE_HD static float decode_magnitude(uint32_t small) {
+    if (small >> kMantissa)
+      return as_float((small << kDropped) + (static_cast<uint32_t>(127 - kBias) << 23));
+    return static_cast<float>(small) *
+           as_float(static_cast<uint32_t>(127 + 1 - kBias - static_cast<int>(kMantissa)) << 23);
+  }
+};
+
+struct Fp16 : Small<10, 15, 0x7BFF, 0x7C00> {
+  LMCACHE_HD static float decode(uint16_t bits) {
+    const uint32_t sign = uint32_t{bits & 0x8000u} << 16, magnitude = bits & 0x7FFFu;
+    if (magnitude >= 0x7C00) return as_float(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
+    return as_float(sign | bits_of(decode_magnitude(magnitude)));
+  }
+
+  LMCACHE_HD static uint16_t encode(float value) {
+    const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000;
+    if (is_nan(bits)) return static_cast<uint16_t>(sign | 0x7E00);
+    return static_cast<uint16_t>(sign | encode_magnitude(bits & 0x7FFFFFFF));
+  }
+};
+
+struct E4m3 : Small<3, 7, 0x7E, 0x7E> {  // what is too large becomes the largest
+  static constexpr uint8_t kNan = 0x7F;
+  static constexpr float kMost = 448.0F;
+
+  LMCACHE_HD static float decode(uint8_t bits) {
+    const uint32_t sign = uint32_t{bits & 0x80u} << 24, magnitude = bits & 0x7Fu;
+    if (magnitude == kNan) return as_float(sign | 0x7FC00000);
+    return as_float(sign | bits_of(decode_magnitude(magnitude)));
+  }
+
+  LMCACHE_HD static uint8_t encode(float value) {
+    const uint32_t bits = bits_of(value), sign = bits >> 24 & 0x80;
+    if (is_nan(bits)) return static_cast<uint8_t>(sign | kNan);
+    return static_cast<uint8_t>(sign | encode_magnitude(bits & 0x7FFFFFFF));
+  }
+};
+
+// 16-bit numbers to e4m3, with one scale a run: the largest of it becomes 448. A run that holds an
+// infinity has an infinite scale, and reads back as infinities' quotients do: not as numbers.
+template <class Half>
+struct Quantize {
+  using From = uint16_t;
+  using To = uint8_t;
+
+  // The largest magnitude that a lane sees. NaNs count for nothing.
+  LMCACHE_HD static float largest(const From* from, uint32_t n, uint32_t lane, uint32_t lanes) {
+    float most = 0;
+    for (uint32_t i = lane; i < n; i += lanes) {
+      const float magnitude = as_float(bits_of(Half::decode(from[i])) & 0x7FFFFFFF);
+      if (magnitude > most) most = magnitude;
+    }
+    return most;
+  }
+
+  LMCACHE_HD static float scale(float largest) { return largest / E4m3::kMost; }
+
+  LMCACHE_HD static To convert(From value, float scale) {
+    return E4m3::encode(scale > 0 ? Half::decode(value) / scale : Half::decode(value));
+  }
+};
+
+template <class Half>
+struct Dequantize {
+  using From = uint8_t;
+  using To = uint16_t;
+
+  LMCACHE_HD static To convert(From value, float scale) {
+    return Half::encode(E4m3::decode(value) * scale);
+  }
+};
+
+template <class How>
+LMCACHE_HD void convert_run(typename How::To* to, const typename How::From* from, uint32_t n,
+                            float scale, uint32_t lane, uint32_t lanes) {
+  for (uint32_t i = lane; i < n; i += lanes) to[i] = How::convert(from[i], scale);
+}
+
+// Where one run of an item is, and its scale.
+template <class How>
+struct Converted {
+  const typename How::From* from;
+  typename How::To* to;
+  float* scale;
+
+  LMCACHE_HD Converted(const CopyParams& p, const Item& item, uint32_t run) {
+    const Axis& inner = p.axis[kAxes - 1];
+    from = reinterpret_cast<const typename How::From*>(item.at[kSrc] + offset(p, inner, kSrc, run));
+    to = reinterpret_cast<typename How::To*>(item.at[kDst] + offset(p, inner, kDst, run));
+    scale = reinterpret_cast<float*>(item.at[kScale] + offset(p, inner, kScale, run));
+  }
+};
+
+}  // namespace lmcache
