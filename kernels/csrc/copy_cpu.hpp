@@ -19,7 +19,12 @@ inline constexpr uint64_t kStreamPlanFrom = uint64_t{1} << 20;
 inline constexpr uint32_t kStreamRunFrom = 4 * copying::kLineBytes;
 inline constexpr uint64_t kBytesOfAJob = uint64_t{256} << 10;
 
-// How a CPU moves a run: with streaming stores, or with the caches.
+// How far ahead of its reads a copy asks for lines: a run ends before the processor's own
+// prefetching has begun.
+inline constexpr uint32_t kPieceBytes = 1024;
+inline constexpr uint32_t kAheadBytes = 4096;
+
+// Moves runs with the stores that suit: past the caches, or with them.
 struct StreamRun {
   static void move(uint8_t* to, const uint8_t* from, size_t n) { copying::stream(to, from, n); }
 };
@@ -28,15 +33,68 @@ struct CacheRun {
   static void move(uint8_t* to, const uint8_t* from, size_t n) { std::memcpy(to, from, n); }
 };
 
+// Pieces of runs, of `kPieceBytes` at most, one after another through all items.
+class Pieces {
+ public:
+  Pieces(const CopyParams& p, uint32_t first, uint32_t last)
+      : p_(p), inner_(p.axis[kAxes - 1]), last_(last), number_(first) {
+    if (!ended()) start_item();
+  }
+
+  bool ended() const { return number_ == last_; }
+  uint8_t* to() const { return to_ + done_; }
+  const uint8_t* from() const { return from_ + done_; }
+  uint32_t bytes() const { return std::min(p_.run - done_, kPieceBytes); }
+
+  void next() {
+    done_ += bytes();
+    if (done_ < p_.run) return;
+    if (++run_ < inner_.count.by) return start_run();
+    if (++number_ < last_) start_item();
+  }
+
+ private:
+  void start_item() {
+    item_ = find_item(p_, number_, 2);
+    run_ = 0;
+    start_run();
+  }
+
+  void start_run() {
+    done_ = 0;
+    from_ = reinterpret_cast<const uint8_t*>(item_.at[kSrc] + offset(p_, inner_, kSrc, run_));
+    to_ = reinterpret_cast<uint8_t*>(item_.at[kDst] + offset(p_, inner_, kDst, run_));
+  }
+
+  const CopyParams& p_;
+  const Axis& inner_;
+  const uint32_t last_;
+  uint32_t number_;
+  uint32_t run_ = 0;
+  uint32_t done_ = 0;  // bytes of the run
+  Item item_;
+  const uint8_t* from_;
+  uint8_t* to_;
+};
+
+inline void ask_for(const Pieces& piece) {
+  for (uint32_t i = 0; i < piece.bytes(); i += copying::kLineBytes)
+    __builtin_prefetch(piece.from() + i);
+}
+
 template <class Move>
 void copy_items(const CopyParams& p, uint32_t first, uint32_t last) {
-  const Axis& inner = p.axis[kAxes - 1];
-  for (uint32_t number = first; number < last; ++number) {
-    const Item item = find_item(p, number, 2);
-    for (uint32_t run = 0; run < inner.count.by; ++run)
-      Move::move(reinterpret_cast<uint8_t*>(item.at[kDst] + offset(p, inner, kDst, run)),
-                 reinterpret_cast<const uint8_t*>(item.at[kSrc] + offset(p, inner, kSrc, run)),
-                 p.run);
+  Pieces ahead(p, first, last), now(p, first, last);
+  for (uint32_t bytes = 0; bytes < kAheadBytes && !ahead.ended(); ahead.next()) {
+    bytes += ahead.bytes();
+    ask_for(ahead);
+  }
+  for (; !now.ended(); now.next()) {
+    if (!ahead.ended()) {
+      ask_for(ahead);
+      ahead.next();
+    }
+    Move::move(now.to(), now.from(), now.bytes());
   }
 }
 
