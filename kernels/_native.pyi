@@ -55,8 +55,8 @@ def copy(
     src: Layout,
     dst: Layout,
     scales: Layout,
-    src_slots: Buffer,
-    dst_slots: Buffer,
+    src_slots: object,  # int64 [n], contiguous, in host memory
+    dst_slots: object,
     tokens: int,
     first_layer: int,
     last_layer: int,

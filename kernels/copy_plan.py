@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from . import _native
 from .layout import PageLayout
@@ -23,7 +23,16 @@ from .layout import PageLayout
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    Slots: TypeAlias = Sequence[int] | Buffer
+    Slots: TypeAlias = "Sequence[int] | Buffer | Tensor"
+
+
+class Tensor(Protocol):
+    """Numbers in host memory that other libraries can look at; a tensor of torch's, an array of NumPy's."""
+
+    def __len__(self) -> int: ...
+    def __dlpack__(self, *_: Any, **__: Any) -> object: ...
+    def __dlpack_device__(self) -> Any: ...
+
 
 MOST_THREADS = 8  # more than fill the memory's bandwidth
 
@@ -104,12 +113,13 @@ def copy_pages(
     chosen = range(src.layers) if plan.layers is None else plan.layers
     if chosen.step != 1 or chosen.start < 0 or not chosen:
         raise ValueError(f"layers: {chosen} is no range of layers")
+    src_slots, dst_slots = _slots(plan.src_slots, "src_slots"), _slots(plan.dst_slots, "dst_slots")
     return _native.copy(
         src.native,
         dst.native,
         (scales or src).native,
-        _slots(plan.src_slots, "src_slots"),
-        _slots(plan.dst_slots, "dst_slots"),
+        src_slots,
+        dst_slots,
         plan.tokens,
         chosen.start,
         chosen.stop,
@@ -128,13 +138,13 @@ def _alike(src: PageLayout, dst: PageLayout) -> tuple[PageLayout, PageLayout]:
     return src, dst
 
 
-def _slots(given: Slots, name: str) -> Buffer:
+def _slots(given: Slots, name: str) -> Buffer | Tensor:
     if isinstance(given, list | tuple | range):
         try:
             return array("q", given)
         except (TypeError, OverflowError) as error:
             raise ValueError(f"{name}: {error}") from None
-    return given  # type: ignore[return-value]  # a buffer; the native side looks at its type
+    return given  # type: ignore[return-value]  # no other kind of sequence; the native side looks at its type
 
 
 def _workers(threads: int) -> _native.Workers:

@@ -219,7 +219,8 @@ class PageLayout:
 
     def select(self, *, layers: range | None = None, heads: range | None = None) -> PageLayout:
         """The same pages with these layers and heads only; all of them where nothing is said."""
-        wanted, some = layers or range(self.layers), heads or range(self.heads)
+        wanted = range(self.layers) if layers is None else layers
+        some = range(self.heads) if heads is None else heads
         _require_within("layers", wanted, self.layers)
         _require_within("heads", some, self.heads)
         planes = tuple(

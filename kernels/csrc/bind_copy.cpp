@@ -1,11 +1,10 @@
 // Python's view of copies between layouts: one call a batch, the GIL released while bytes move.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <string_view>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -44,6 +43,13 @@ Layout* make_layout(Layout* at, const std::vector<PlaneTuple>& planes,
   return new (at) Layout(std::move(layout));
 }
 
+Slots slots_of(const nb::object& given, const char* name) {
+  Slots slots;
+  if (!nb::try_cast<Slots>(given, slots, false))
+    throw lmcache::LayoutError(std::string(name) + ": not int64 [n], contiguous, in host memory");
+  return slots;
+}
+
 CopyRequest request_of(const Slots& src_slots, const Slots& dst_slots, uint32_t tokens,
                        uint32_t first_layer, uint32_t last_layer, uint32_t convert) {
   CopyRequest request;
@@ -56,10 +62,11 @@ CopyRequest request_of(const Slots& src_slots, const Slots& dst_slots, uint32_t 
   return request;
 }
 
-uint64_t copy(const Layout& src, const Layout& dst, const Layout& scales, const Slots& src_slots,
-              const Slots& dst_slots, uint32_t tokens, uint32_t first_layer, uint32_t last_layer,
-              uint32_t convert, Workers& workers) {
-  const auto request = request_of(src_slots, dst_slots, tokens, first_layer, last_layer, convert);
+uint64_t copy(const Layout& src, const Layout& dst, const Layout& scales,
+              const nb::object& src_slots, const nb::object& dst_slots, uint32_t tokens,
+              uint32_t first_layer, uint32_t last_layer, uint32_t convert, Workers& workers) {
+  const Slots from = slots_of(src_slots, "src_slots"), to = slots_of(dst_slots, "dst_slots");
+  const auto request = request_of(from, to, tokens, first_layer, last_layer, convert);
   nb::gil_scoped_release unlocked;
   const CopyPlan plan(src, dst, scales, request);
   lmcache::copy_on_cpu(plan, workers);

@@ -1,0 +1,179 @@
+"""Pages copied between every two layouts are what torch's own indexing makes of them, and nothing else changes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lmcache_sglang.kernels.copy_plan import CopyPlan, copy_pages
+from lmcache_sglang.testing.guarded_memory import guarded
+from lmcache_sglang.testing.kv_pools import KINDS, Allocate, Pool, Shape, unified_pool
+
+SMALL = Shape()
+PAIRS = list(product(KINDS, repeat=2))
+
+
+def noise(pool: Pool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for each in pool.memory:
+        each.copy_(torch.randint(256, each.shape, dtype=torch.uint8, generator=generator))
+
+
+def make(kind: str, shape: Shape, seed: int, allocate: Allocate = guarded) -> Pool:
+    pool = KINDS[kind](shape, allocate)
+    noise(pool, seed)
+    return pool
+
+
+def bits(tensors: list[Tensor]) -> list[bytes]:
+    """NaNs are equal to nothing, so bytes are compared."""
+    return [each.contiguous().view(torch.uint8).numpy().tobytes() for each in tensors]
+
+
+def slots_of(shape: Shape, pool: Pool) -> list[Tensor]:
+    """Each plane as [slot, layer, head, dim], a copy."""
+    return [each.flatten(0, 1) for each in pool.numbers()]
+
+
+def check(src: Pool, dst: Pool, plan: CopyPlan, shape: Shape, *, threads: int = 1) -> None:
+    """Copies, and compares with an assignment."""
+    layers = slice(None) if plan.layers is None else slice(plan.layers.start, plan.layers.stop)
+    expected, source, gaps = slots_of(shape, dst), slots_of(shape, src), bits(dst.gaps())
+    before = bits(list(src.memory))
+    starts, targets = (torch.as_tensor(slots) for slots in (plan.src_slots, plan.dst_slots))
+    for start, target in zip(starts.tolist(), targets.tolist(), strict=True):
+        for plane, other in zip(expected, source, strict=True):
+            plane[target : target + plan.tokens, layers] = other[
+                start : start + plan.tokens, layers
+            ]
+    copied = copy_pages(plan, src.layout, dst.layout, threads=threads)
+    assert bits(slots_of(shape, dst)) == bits(expected)
+    assert bits(dst.gaps()) == gaps
+    assert bits(list(src.memory)) == before
+    share = len(range(shape.layers)[layers])
+    assert copied * shape.layers * shape.page_size == (
+        len(starts) * plan.tokens * share * shape.page_bytes
+    )
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+@pytest.mark.usefixtures("simd")
+def test_whole_pages_between_any_two_layouts(one: str, other: str) -> None:
+    plan = CopyPlan.of_pages([4, 0, 2], [1, 3, 0], page_size=SMALL.page_size)
+    check(make(one, SMALL, 1), make(other, SMALL, 2), plan, SMALL)
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_a_layer_of_some_tokens(one: str, other: str) -> None:
+    shape = replace(SMALL, dims=(3, 5), heads=3, page_size=7)
+    if "page_unified" in (one, other):
+        shape = replace(shape, dims=(3, 3))
+    plan = CopyPlan([0, 34, 8, 9], [20, 21, 0, 14], layers=range(1, 2))
+    check(make(one, shape, 1), make(other, shape, 2), plan, shape)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "page_unified"])
+@pytest.mark.parametrize("to_it", [True, False])
+def test_latent_rows_are_one_plane(kind: str, to_it: bool) -> None:
+    shape = replace(SMALL, heads=1, dims=(36,))
+    one, other = ("device", kind) if to_it else (kind, "device")
+    plan = CopyPlan.of_pages([4, 1], [0, 4], page_size=shape.page_size)
+    check(make(one, shape, 1), make(other, shape, 2), plan, shape)
+
+
+@pytest.mark.parametrize("to_it", [True, False])
+@pytest.mark.parametrize("kind", ["device", "page_first", "page_head", "LBHNC"])
+def test_groups_of_heads(kind: str, to_it: bool) -> None:
+    shape = replace(SMALL, heads=4)
+    grouped = unified_pool(2, shape, guarded)
+    noise(grouped, 3)
+    pools = [make(kind, shape, 1), grouped]
+    src, dst = pools if to_it else pools[::-1]
+    check(src, dst, CopyPlan.of_pages([4, 1], [0, 4], page_size=shape.page_size), shape)
+
+
+@pytest.mark.parametrize("size", [1 << n for n in range(16)])
+@pytest.mark.parametrize(
+    ("one", "other"), [("device", "page_head"), ("page_head", "device"), ("padded", "records")]
+)
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.usefixtures("simd")
+def test_runs_of_any_size(one: str, other: str, size: int, at_end: bool) -> None:
+    shape = Shape(pages=3, page_size=2, layers=2, heads=2, dims=(size, size), dtype=torch.uint8)
+    allocate = partial(guarded, at_end=at_end)
+    plan = CopyPlan.of_pages([2, 0], [0, 1], page_size=2)
+    check(make(one, shape, 1, allocate), make(other, shape, 2, allocate), plan, shape)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("device", "page_first"), ("LBHNC", "device"), ("records", "page_head")]
+)
+@pytest.mark.usefixtures("simd")
+def test_threads_share_what_goes_past_the_caches(one: str, other: str) -> None:
+    shape = Shape(pages=24, page_size=16, layers=8, heads=3, dims=(65, 65))
+    rng = random.Random(0)
+    pages, others = rng.sample(range(24), 20), rng.sample(range(24), 20)
+    assert 20 * shape.page_bytes > 1 << 20, "or it would not stream"
+    plan = CopyPlan.of_pages(pages, others, page_size=shape.page_size)
+    check(make(one, shape, 1), make(other, shape, 2), plan, shape, threads=3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_ragged_lists_of_slots(data: st.DataObject) -> None:
+    shape = Shape(
+        pages=data.draw(st.integers(1, 4)),
+        page_size=data.draw(st.sampled_from([1, 2, 3, 4, 8, 16])),
+        layers=data.draw(st.integers(1, 3)),
+        heads=data.draw(st.integers(1, 3)),
+        dims=(data.draw(st.integers(1, 33)),) * 2,
+        dtype=data.draw(st.sampled_from([torch.uint8, torch.bfloat16, torch.float32])),
+    )
+    slots = shape.pages * shape.page_size
+    targets = data.draw(st.lists(st.integers(0, slots - 1), unique=True))
+    sources = [data.draw(st.integers(0, slots - 1)) for _ in targets]
+    one, other = data.draw(st.sampled_from(PAIRS))
+    plan = CopyPlan(sources, targets)
+    check(make(one, shape, 1), make(other, shape, 2), plan, shape)
+
+
+def test_pages_of_two_sizes() -> None:
+    """An engine's blocks of 16 tokens are what another's page of 64 is."""
+    large = Shape(pages=2, page_size=8)
+    small = replace(large, pages=4, page_size=4)
+    src, dst = make("page_first", large, 1), make("LBHNC", small, 2)
+    plan = CopyPlan([8, 12, 0], [4, 0, 12], tokens=4)
+    copy_pages(plan, src.layout, dst.layout)
+    for a, b in zip(slots_of(large, src), slots_of(small, dst), strict=True):
+        assert torch.equal(a[8:12].view(torch.uint8), b[4:8].view(torch.uint8))
+        assert torch.equal(a[12:16].view(torch.uint8), b[0:4].view(torch.uint8))
+        assert torch.equal(a[0:4].view(torch.uint8), b[12:16].view(torch.uint8))
+
+
+def test_some_layers_and_heads_of_another_rank() -> None:
+    """A rank that has half of the heads and the upper layers takes its part of a whole page."""
+    whole = Shape(heads=4, layers=4)
+    part = replace(whole, heads=2, layers=2)
+    src, dst = make("records", whole, 1), make("device", part, 2)
+    mine = src.layout.select(layers=range(2, 4), heads=range(2, 4))
+    copy_pages(CopyPlan.of_pages([3], [1], page_size=8), mine, dst.layout)
+    for a, b in zip(src.numbers(), dst.numbers(), strict=True):
+        assert bits([a[3, :, 2:, 2:]]) == bits([b[1]])
+
+
+def test_nothing_to_copy_is_nothing() -> None:
+    src, dst = make("device", SMALL, 1), make("page_first", SMALL, 2)
+    check(src, dst, CopyPlan([], []), SMALL)
+
+
+def test_slots_may_be_a_tensor() -> None:
+    src, dst = make("device", SMALL, 1), make("page_first", SMALL, 2)
+    check(src, dst, CopyPlan(torch.tensor([3, 1]), torch.tensor([9, 8])), SMALL)
