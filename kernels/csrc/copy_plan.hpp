@@ -159,7 +159,7 @@ class CopyPlan {
   // Slots that follow one another on both sides become one span.
   void fold() {
     const size_t count = request_.slots[kSrc].size();
-    const uint32_t most = std::gcd(layout(kSrc).page_size, layout(kDst).page_size);
+    const uint32_t most = std::min(layout(kSrc).page_size, layout(kDst).page_size);
     uint32_t by = std::gcd(static_cast<uint32_t>(count), std::bit_floor(most / request_.tokens));
     while (by > 1 && !(follow(kSrc, by) && follow(kDst, by))) by /= 2;
     fold_ = std::max(by, 1u);

@@ -1,27 +1,30 @@
-"""SGLang's copies between the device pool and the host pool, in torch.
+"""SGLang's copies between the device pool and the host pool, by this project's own kernels.
 
 Same names, keyword arguments and effect as the operations of `sgl_kernel.kvcacheio` (those of
 recurrent state: `sglang.kernels.ops.mamba.transfer_mamba`) that the modules of
-`sglang.srt.mem_cache.pool_host` call; all of them return when the copy is done. The device pool is
-one tensor [token, head, dim] a layer; "lf" is a host pool of the same kind. The other layouts of the
-host pool are all seen here as [page, slot, layer, ...], K and V each for itself:
+`sglang.srt.mem_cache.pool_host` call; all of them return when the copy is done. Each one says where the
+rows of both pools lie, and `copy_pages` does the rest. The device pool is one tensor [token, head, dim] a
+layer; "lf" is a host pool of the same kind. The other layouts of the host pool are, K and V each for itself:
 
     pf  page_first          [token, layer, head, dim]
     ph  page_head           [page, head, slot, layer, dim]
         page_first_direct   [page, layer, slot, head, dim]
 
 `*_layers` in an all-layer operation is a table of addresses, one a layer, as the GPU kernels take
-it. "mla" are the operations on a pool of one row a token, not of K and V; "mamba" those on one of a
-state a slot, which is such a row.
+it; how much memory is there nobody says. "mla" are the operations on a pool of one row a token, not of K and V;
+"mamba" those on one of a state a slot, which is such a row.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 
-import torch
 from torch import Tensor
+
+from ...kernels.copy_plan import CopyPlan, copy_pages
+from ...kernels.layout import PageLayout, Plane
 
 
 def transfer_kv_per_layer(
@@ -34,20 +37,13 @@ def transfer_kv_per_layer(
     dst_indices: Tensor,
     item_size: int,
 ) -> None:
-    for src, dst in ((src_k, dst_k), (src_v, dst_v)):
-        transfer_kv_per_layer_mla(
-            src=src,
-            dst=dst,
-            src_indices=src_indices,
-            dst_indices=dst_indices,
-            item_size=item_size,
-        )
+    _copy(_rows([src_k, src_v]), _rows([dst_k, dst_v]), src_indices, dst_indices)
 
 
 def transfer_kv_per_layer_mla(
     *, src: Tensor, dst: Tensor, src_indices: Tensor, dst_indices: Tensor, item_size: int
 ) -> None:
-    _rows(dst, item_size)[dst_indices] = _rows(src, item_size)[src_indices]
+    _copy(_rows([src]), _rows([dst]), src_indices, dst_indices)
 
 
 def transfer_kv_all_layer(
@@ -61,15 +57,9 @@ def transfer_kv_all_layer(
     item_size: int,
     num_layers: int,
 ) -> None:
-    for src, dst in ((src_k_layers, dst_k_layers), (src_v_layers, dst_v_layers)):
-        transfer_kv_all_layer_mla(
-            src_layers=src,
-            dst_layers=dst,
-            src_indices=src_indices,
-            dst_indices=dst_indices,
-            item_size=item_size,
-            num_layers=num_layers,
-        )
+    sources = _rows_at([src_k_layers, src_v_layers], num_layers, src_indices, item_size)
+    targets = _rows_at([dst_k_layers, dst_v_layers], num_layers, dst_indices, item_size)
+    _copy(sources, targets, src_indices, dst_indices)
 
 
 def transfer_kv_all_layer_mla(
@@ -81,10 +71,9 @@ def transfer_kv_all_layer_mla(
     item_size: int,
     num_layers: int,
 ) -> None:
-    sources = _rows_at(src_layers[:num_layers], src_indices, item_size)
-    targets = _rows_at(dst_layers[:num_layers], dst_indices, item_size)
-    for source, target in zip(sources, targets, strict=True):
-        target[dst_indices] = source[src_indices]
+    sources = _rows_at([src_layers], num_layers, src_indices, item_size)
+    targets = _rows_at([dst_layers], num_layers, dst_indices, item_size)
+    _copy(sources, targets, src_indices, dst_indices)
 
 
 def transfer_kv_per_layer_pf_lf(
@@ -99,16 +88,8 @@ def transfer_kv_per_layer_pf_lf(
     item_size: int,
     src_layout_dim: int,
 ) -> None:
-    for src, dst in ((src_k, dst_k), (src_v, dst_v)):
-        transfer_kv_per_layer_mla_pf_lf(
-            src=src,
-            dst=dst,
-            src_indices=src_indices,
-            dst_indices=dst_indices,
-            layer_id=layer_id,
-            item_size=item_size,
-            src_layout_dim=src_layout_dim,
-        )
+    sources = _page_first([src_k, src_v], item_size, src_layout_dim).select(layers=_only(layer_id))
+    _copy(sources, _rows([dst_k, dst_v]), src_indices, dst_indices)
 
 
 def transfer_kv_per_layer_mla_pf_lf(
@@ -121,8 +102,8 @@ def transfer_kv_per_layer_mla_pf_lf(
     item_size: int,
     src_layout_dim: int,
 ) -> None:
-    pages = _page_first(src, item_size, src_layout_dim)
-    _load_layer(pages, _rows(dst, item_size), src_indices, dst_indices, layer_id)
+    sources = _page_first([src], item_size, src_layout_dim).select(layers=_only(layer_id))
+    _copy(sources, _rows([dst]), src_indices, dst_indices)
 
 
 transfer_kv_mamba_pf_lf = transfer_kv_per_layer_mla_pf_lf
@@ -140,16 +121,9 @@ def transfer_kv_all_layer_lf_pf(
     dst_layout_dim: int,
     num_layers: int,
 ) -> None:
-    for layers, dst in ((src_k_layers, dst_k), (src_v_layers, dst_v)):
-        transfer_kv_all_layer_mla_lf_pf(
-            src_layers=layers,
-            dst=dst,
-            src_indices=src_indices,
-            dst_indices=dst_indices,
-            item_size=item_size,
-            dst_layout_dim=dst_layout_dim,
-            num_layers=num_layers,
-        )
+    sources = _rows_at([src_k_layers, src_v_layers], num_layers, src_indices, item_size)
+    targets = _page_first([dst_k, dst_v], item_size, dst_layout_dim)
+    _copy(sources, targets, src_indices, dst_indices)
 
 
 def transfer_kv_all_layer_mla_lf_pf(
@@ -162,9 +136,8 @@ def transfer_kv_all_layer_mla_lf_pf(
     dst_layout_dim: int,
     num_layers: int,
 ) -> None:
-    pages = _page_first(dst, item_size, dst_layout_dim)
-    sources = _rows_at(src_layers[:num_layers], src_indices, item_size)
-    _store_layers(sources, pages, src_indices, dst_indices)
+    sources = _rows_at([src_layers], num_layers, src_indices, item_size)
+    _copy(sources, _page_first([dst], item_size, dst_layout_dim), src_indices, dst_indices)
 
 
 def transfer_kv_mamba_lf_pf(
@@ -202,9 +175,9 @@ def transfer_kv_per_layer_ph_lf(
     page_size: int,
     head_num: int,
 ) -> None:
-    for src, dst in ((src_k, dst_k), (src_v, dst_v)):
-        pages = _page_head(src, item_size, src_layout_dim, page_size, head_num)
-        _load_layer(pages, _rows(dst, item_size), src_indices, dst_indices, layer_id)
+    pages = _page_head([src_k, src_v], item_size, src_layout_dim, page_size, head_num)
+    targets = _by_head(_rows([dst_k, dst_v]), head_num)
+    _copy(pages.select(layers=_only(layer_id)), targets, src_indices, dst_indices)
 
 
 def transfer_kv_all_layer_lf_ph(
@@ -221,10 +194,10 @@ def transfer_kv_all_layer_lf_ph(
     page_size: int,
     head_num: int,
 ) -> None:
-    for layers, dst in ((src_k_layers, dst_k), (src_v_layers, dst_v)):
-        pages = _page_head(dst, item_size, dst_layout_dim, page_size, head_num)
-        sources = _rows_at(layers[:num_layers], src_indices, item_size)
-        _store_layers(sources, pages, src_indices, dst_indices)
+    tables = [src_k_layers, src_v_layers]
+    sources = _by_head(_rows_at(tables, num_layers, src_indices, item_size), head_num)
+    targets = _page_head([dst_k, dst_v], item_size, dst_layout_dim, page_size, head_num)
+    _copy(sources, targets, src_indices, dst_indices)
 
 
 def transfer_kv_direct(
@@ -235,8 +208,12 @@ def transfer_kv_direct(
     dst_indices: Tensor,
     page_size: int,
 ) -> None:
-    for src, dst in zip(src_layers, dst_layers, strict=True):
-        dst[dst_indices] = src[src_indices]
+    pairs = zip(src_layers, dst_layers, strict=True)
+    # A model without a recurrent part has states of no bytes.
+    filled = [(src, dst) for src, dst in pairs if src.numel()]
+    if filled:
+        sources, targets = zip(*filled, strict=True)
+        _copy(_rows(sources), _rows(targets), src_indices, dst_indices)
 
 
 def transfer_kv_per_layer_direct_pf_lf(
@@ -248,8 +225,7 @@ def transfer_kv_per_layer_direct_pf_lf(
     layer_id: int,
     page_size: int,
 ) -> None:
-    for src, dst in zip(src_ptrs, dst_ptrs, strict=True):
-        _load_layer(src.transpose(1, 2), dst, src_indices, dst_indices, layer_id)
+    _copy(_pages(src_ptrs, [layer_id]), _rows(dst_ptrs), src_indices, dst_indices)
 
 
 def transfer_kv_all_layer_direct_lf_pf(
@@ -262,47 +238,114 @@ def transfer_kv_all_layer_direct_lf_pf(
 ) -> None:
     """`src_ptrs` holds all layers of K, then all layers of V; `dst_ptrs` holds K and V."""
     num_layers = len(src_ptrs) // len(dst_ptrs)
-    for i, dst in enumerate(dst_ptrs):
-        sources = src_ptrs[i * num_layers : (i + 1) * num_layers]
-        _store_layers(sources, dst.transpose(1, 2), src_indices, dst_indices)
+    _copy(_rows(src_ptrs), _pages(dst_ptrs, range(num_layers)), src_indices, dst_indices)
 
 
-def _load_layer(
-    pages: Tensor, rows: Tensor, src_indices: Tensor, dst_indices: Tensor, layer: int
-) -> None:
-    size = pages.shape[1]
-    tokens = pages[src_indices // size, src_indices % size, layer]
-    rows[dst_indices] = tokens.reshape(len(src_indices), *rows.shape[1:])
+def _copy(src: PageLayout, dst: PageLayout, src_indices: Tensor, dst_indices: Tensor) -> None:
+    copy_pages(CopyPlan(src_indices.contiguous(), dst_indices.contiguous()), src, dst)
 
 
-def _store_layers(
-    layers: Iterable[Tensor], pages: Tensor, src_indices: Tensor, dst_indices: Tensor
-) -> None:
-    size = pages.shape[1]
-    for layer, rows in enumerate(layers):
-        tokens = rows[src_indices].view(len(src_indices), *pages.shape[3:])
-        pages[dst_indices // size, dst_indices % size, layer] = tokens
+# All of these see bytes, and one long page where the pool has no pages: what is contiguous is found all the same.
 
 
-def _page_first(host: Tensor, item_size: int, layout_dim: int) -> Tensor:
-    return host.view(torch.uint8).view(-1, 1, layout_dim // item_size, item_size)
+def _only(layer: int) -> range:
+    return range(layer, layer + 1)
+
+
+def _rows(tensors: Sequence[Tensor]) -> PageLayout:
+    """A plane a tensor [row, ...]."""
+    planes = [
+        Plane((each.data_ptr(),), 0, _bytes(each, 0), 0, _inner_bytes(each, 1)) for each in tensors
+    ]
+    return _layout(planes, 1, min(len(each) for each in tensors), _memory(tensors))
+
+
+def _pages(tensors: Sequence[Tensor], layers: Sequence[int]) -> PageLayout:
+    """A plane for each tensor [page, layer, row, ...] and layer."""
+    planes = [
+        Plane(
+            (each.data_ptr() + layer * _bytes(each, 1),),
+            _bytes(each, 0),
+            _bytes(each, 2),
+            0,
+            _inner_bytes(each, 3),
+        )
+        for each in tensors
+        for layer in layers
+    ]
+    return _layout(planes, len(tensors[0]), tensors[0].shape[2], _memory(tensors))
+
+
+def _page_first(hosts: Sequence[Tensor], item_size: int, layout_dim: int) -> PageLayout:
+    layers = range(0, layout_dim, item_size)
+    planes = [
+        Plane(tuple(each.data_ptr() + begin for begin in layers), 0, layout_dim, 0, item_size)
+        for each in hosts
+    ]
+    return _layout(planes, 1, hosts[0].nbytes // layout_dim, _memory(hosts))
 
 
 def _page_head(
-    host: Tensor, item_size: int, layout_dim: int, page_size: int, head_num: int
-) -> Tensor:
-    shape = (-1, head_num, page_size, layout_dim // item_size, item_size // head_num)
-    return host.view(torch.uint8).view(shape).permute(0, 2, 3, 1, 4)
+    hosts: Sequence[Tensor], item_size: int, layout_dim: int, page_size: int, head_num: int
+) -> PageLayout:
+    run, token, page = item_size // head_num, layout_dim // head_num, layout_dim * page_size
+    planes = [
+        Plane(
+            tuple(each.data_ptr() + begin for begin in range(0, token, run)),
+            page,
+            token,
+            token * page_size,
+            run,
+        )
+        for each in hosts
+    ]
+    return _layout(planes, hosts[0].nbytes // page, page_size, _memory(hosts), head_num)
 
 
-def _rows(tensor: Tensor, item_size: int) -> Tensor:
-    """The bytes of a contiguous tensor, a token a row."""
-    return tensor.view(torch.uint8).view(-1, item_size)
+def _rows_at(
+    tables: Sequence[Tensor], num_layers: int, indices: Tensor, item_size: int
+) -> PageLayout:
+    """As many rows at each address as `indices` reach; the pool owns the memory."""
+    rows = int(indices.max()) + 1 if len(indices) else 1
+    layers = [tuple(table[:num_layers].tolist()) for table in tables]
+    planes = [Plane(each, 0, item_size, 0, item_size) for each in layers]
+    memory = [(address, rows * item_size) for address in chain.from_iterable(layers)]
+    return _layout(planes, 1, rows, memory)
 
 
-def _rows_at(addresses: Tensor, indices: Tensor, item_size: int) -> Iterable[Tensor]:
-    """The bytes at each address, as many rows as `indices` reach; the pool owns the memory."""
-    count = int(indices.max()) + 1 if len(indices) else 1
-    for address in addresses.tolist():
-        memory = (ctypes.c_uint8 * (count * item_size)).from_address(address)
-        yield torch.frombuffer(memory, dtype=torch.uint8).view(count, item_size)
+def _by_head(rows: PageLayout, head_num: int) -> PageLayout:
+    planes = [
+        replace(plane, run=plane.run // head_num, head_stride=plane.run // head_num)
+        for plane in rows.planes
+    ]
+    return replace(rows, planes=tuple(planes), heads=head_num)
+
+
+def _layout(
+    planes: Sequence[Plane],
+    pages: int,
+    page_size: int,
+    memory: Sequence[tuple[int, int]],
+    heads: int = 1,
+) -> PageLayout:
+    return PageLayout(tuple(planes), pages, page_size, heads, 1, tuple(memory))
+
+
+def _bytes(tensor: Tensor, axis: int) -> int:
+    return tensor.stride(axis) * tensor.element_size()
+
+
+def _inner_bytes(tensor: Tensor, axes: int) -> int:
+    """Of what one index of the first axes has."""
+    if not tensor[(0,) * axes].is_contiguous():
+        raise ValueError(f"rows of {tuple(tensor.shape)} with strides {tensor.stride()} are cut")
+    return tensor[(0,) * axes].nbytes
+
+
+def _memory(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """From the first to behind the last byte of each."""
+    ranges = []
+    for each in tensors:
+        last = sum((n - 1) * step for n, step in zip(each.shape, each.stride(), strict=True))
+        ranges.append((each.data_ptr(), (last + 1) * each.element_size()))
+    return ranges
