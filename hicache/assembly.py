@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from ..kernels.pages import PageSegments, checksums, scatter
+from ..kernels.pages import PageSegments, place
 from ..storage.base import NO_LIMITS, Limits
 from . import form as forms
 from .form import PageForm
@@ -89,7 +89,7 @@ def assemble(
             whole = _read(chain, piece, hashes, whole, form, records, before, limits)
             if not whole:
                 break
-        made += _deliver(hashes, records, whole, into.select(span))
+        made += _deliver(records, whole, into.select(span))
         before = hashes[-1]
     return made
 
@@ -120,15 +120,11 @@ def _read(
     return came
 
 
-def _deliver(
-    hashes: Sequence[bytes], records: torch.Tensor, rows: list[int], into: PageSegments
-) -> list[bool]:
+def _deliver(records: torch.Tensor, rows: list[int], into: PageSegments) -> list[bool]:
     """Put the records of these rows into the engine's memory; of each page whether it is there now."""
-    ours = [hashes[row] for row in rows]
-    buffers = [_buffer(records[row]) for row in rows]
-    came = scatter(ours, buffers, checksums(ours, buffers), into.select(rows))
-    made = {row for row, whole in zip(rows, came, strict=True) if whole}
-    return [row in made for row in range(len(hashes))]
+    place([_buffer(records[row]) for row in rows], into.select(rows))
+    made = set(rows)
+    return [row in made for row in range(len(records))]
 
 
 def _buffer(record: torch.Tensor) -> Buffer:

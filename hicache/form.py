@@ -2,8 +2,8 @@
 
 A form is a *rectangle* of the model's KV (layers x heads, all tokens of the page) and a *layout*. Two ranks
 of different topologies hold different rectangles of the same page, two layouts the same numbers in another
-order; their bytes are the same numbers all the same. `PageForm.parts` sees a record of any form as
-[token, layer, head], so that a copy between two forms is an assignment.
+order; their bytes are the same numbers all the same. `PageForm.lay_out` says where each of them lies in records, so
+that a copy between two forms is one of `copy_pages`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..kernels.copy_plan import CopyPlan, copy_pages
+from ..kernels.layout import PageLayout, Plane
+
 if TYPE_CHECKING:
     from .identity import PageIdentity
 
 Range = tuple[int, int]  # first, and one past the last
 
-# The order of a page's axes in each layout of SGLang's host pools, and where each is in `parts`.
+# The order of a page's axes in each layout of SGLang's host pools.
 _AXES = {
     "page_first": ("token", "layer", "head"),
     "page_first_direct": ("layer", "token", "head"),
     "page_head": ("head", "token", "layer"),
     "layer_first": ("layer", "token", "head"),  # K and V of a layer side by side
 }
-_WANTED = ("token", "layer", "head")
-_WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # the longest that a run divides into
 
 
 class Untileable(ValueError):
@@ -75,29 +76,31 @@ class PageForm:
         layers, heads = (end - start for start, end in (self.layers, self.heads))
         return self.tokens * layers * heads * sum(self.runs)
 
-    def parts(self, records: torch.Tensor) -> list[torch.Tensor]:
-        """Pages, seen as numbers in their places.
+    def lay_out(self, records: torch.Tensor) -> PageLayout:
+        """Where the numbers of some pages are.
 
         Args:
-            records: uint8 [pages, page_bytes], contiguous.
-
-        Returns:
-            For each of `runs` a view [pages, token, layer, head, run] of words of 1 to 8 bytes.
+            records: uint8 [pages, page_bytes], contiguous, in host memory.
         """
-        word = _word(self.runs).itemsize
-        words = records.view(_word(self.runs))
-        runs = [run // word for run in self.runs]
-        views, before = [], 0
-        for run in runs:
-            strides, cells = self._strides(run, sum(runs))
-            size = (len(records), *(self._length(axis) for axis in _WANTED), run)
-            stride = (words.shape[1], *(strides[axis] for axis in _WANTED), 1)
-            views.append(torch.as_strided(words, size, stride, before * cells))
+        planes, before = [], 0
+        for run in self.runs:
+            strides, cells = self._strides(run, sum(self.runs))
+            start = records.data_ptr() + before * cells
+            layers = tuple(start + i * strides["layer"] for i in range(self._length("layer")))
+            planes.append(Plane(layers, self.page_bytes, strides["token"], strides["head"], run))
             before += run
-        return views
+        return PageLayout(
+            tuple(planes),
+            pages=len(records),
+            page_size=self.tokens,
+            heads=self._length("head"),
+            itemsize=1,
+            memory=((records.data_ptr(), records.nbytes),),
+            owner=records,
+        )
 
     def _strides(self, run: int, runs: int) -> tuple[dict[str, int], int]:
-        """Words from one token, layer and head to the next, and how many runs of K lie before the first of V."""
+        """Bytes from one token, layer and head to the next, and how many runs of K lie before the first of V."""
         outer, middle, inner = _AXES[self.layout]
         cells = self._length(middle) * self._length(inner)
         strides = {inner: run, middle: self._length(inner) * run, outer: cells * run}
@@ -122,10 +125,6 @@ def _runs(page: PageIdentity, row: int) -> tuple[int, ...]:
     return k * size, v * size
 
 
-def _word(runs: tuple[int, ...]) -> torch.dtype:
-    return next(word for word in _WORDS if all(run % word.itemsize == 0 for run in runs))
-
-
 def overlap(one: Range, other: Range) -> Range:
     """What two ranges share; empty ones end where they begin."""
     start = max(one[0], other[0])
@@ -146,12 +145,14 @@ def copy(
     heads = overlap(source.heads, target.heads)
     if source.tokens != target.tokens or source.runs != target.runs:
         raise ValueError(f"{source} and {target} are not of the same page")
-    pages = slice(None) if len(rows) == len(records) else rows
-    there = (pages, slice(None), _within(layers, source.layers), _within(heads, source.heads))
-    here = (pages, slice(None), _within(layers, target.layers), _within(heads, target.heads))
-    for seen, wanted in zip(source.parts(records), target.parts(into), strict=True):
-        wanted[here] = seen[there]
+    there, here = (
+        form.lay_out(each).select(
+            layers=_within(layers, form.layers), heads=_within(heads, form.heads)
+        )
+        for form, each in ((source, records), (target, into))
+    )
+    copy_pages(CopyPlan.of_pages(rows, rows, page_size=source.tokens), there, here)
 
 
-def _within(span: Range, whole: Range) -> slice:
-    return slice(span[0] - whole[0], span[1] - whole[0])
+def _within(span: Range, whole: Range) -> range:
+    return range(span[0] - whole[0], span[1] - whole[0])

@@ -102,6 +102,15 @@ def scatter(
     )
 
 
+def place(records: Sequence[Buffer], pages: PageSegments) -> None:
+    """Copy each record into its page: bytes that this process made of verified ones.
+
+    Raises:
+        ValueError: the counts differ, or a record is not as long as its page; nothing was copied.
+    """
+    _native.place_pages(list(records), pages.addresses, pages.sizes, pages.per_page)
+
+
 def checksums(keys: Sequence[bytes], records: Sequence[Buffer]) -> list[int]:
     """The checksum of each record under its key."""
     return _native.checksum_pages(list(keys), list(records))

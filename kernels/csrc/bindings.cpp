@@ -90,6 +90,12 @@ void require_same_length(size_t keys, size_t records, size_t pages) {
     throw nb::value_error("keys, records and pages must be equally many");
 }
 
+void require_as_long(const Segments& pages, const Records& records) {
+  for (size_t i = 0; i < records.size(); ++i)
+    if (lmcache::bytes_of(pages[i]) != records[i].size())
+      throw nb::value_error("a record's length differs from its page's");
+}
+
 std::vector<uint64_t> gather_pages(const nb::list& key_objects, const nb::list& record_objects,
                                    const std::vector<uint64_t>& addresses,
                                    const std::vector<uint64_t>& sizes, size_t per_page) {
@@ -97,9 +103,7 @@ std::vector<uint64_t> gather_pages(const nb::list& key_objects, const nb::list& 
   const Segments pages(addresses, sizes, per_page);
   const Records records(record_objects, PyBUF_WRITABLE);
   require_same_length(keys.size(), records.size(), pages.pages());
-  for (size_t i = 0; i < records.size(); ++i)
-    if (lmcache::bytes_of(pages[i]) != records[i].size())
-      throw nb::value_error("a record's length differs from its page's");
+  require_as_long(pages, records);
   std::vector<uint64_t> checksums(records.size());
   nb::gil_scoped_release unlocked;
   for (size_t i = 0; i < records.size(); ++i)
@@ -125,6 +129,16 @@ std::vector<bool> scatter_pages(const nb::list& key_objects, const nb::list& rec
     if (whole[i]) lmcache::scatter(records[i].data(), pages[i], seed);
   }
   return whole;
+}
+
+void place_pages(const nb::list& record_objects, const std::vector<uint64_t>& addresses,
+                 const std::vector<uint64_t>& sizes, size_t per_page) {
+  const Segments pages(addresses, sizes, per_page);
+  const Records records(record_objects, PyBUF_SIMPLE);
+  require_same_length(pages.pages(), records.size(), pages.pages());
+  require_as_long(pages, records);
+  nb::gil_scoped_release unlocked;
+  for (size_t i = 0; i < records.size(); ++i) lmcache::place(records[i].data(), pages[i]);
 }
 
 std::vector<uint64_t> checksum_pages(const nb::list& key_objects, const nb::list& record_objects) {
@@ -214,6 +228,7 @@ NB_MODULE(_native, m) {
         "per_page"_a);
   m.def("scatter_pages", &scatter_pages, "keys"_a, "records"_a, "checksums"_a, "addresses"_a,
         "sizes"_a, "per_page"_a);
+  m.def("place_pages", &place_pages, "records"_a, "addresses"_a, "sizes"_a, "per_page"_a);
   m.def("checksum_pages", &checksum_pages, "keys"_a, "records"_a);
   m.def("address_of", &address_of, "buffer"_a, "writable"_a);
 

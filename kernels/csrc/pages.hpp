@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <span>
 #include <string_view>
 
@@ -57,6 +58,14 @@ inline uint64_t scatter(const uint8_t* record, std::span<const Segment> page, ui
     record += segment.bytes;
   }
   return out.finish();
+}
+
+// Copies a record into its page, which is as long.
+inline void place(const uint8_t* record, std::span<const Segment> page) {
+  for (const Segment& segment : page) {
+    std::memcpy(segment.address, record, segment.bytes);
+    record += segment.bytes;
+  }
 }
 
 }  // namespace lmcache

@@ -9,7 +9,8 @@ from threading import Event, Thread
 
 import pytest
 
-from lmcache_sglang.kernels.pages import PageSegments, checksums, gather, scatter
+from lmcache_sglang.kernels import _native
+from lmcache_sglang.kernels.pages import PageSegments, checksums, gather, place, scatter
 from lmcache_sglang.testing.tier_suite import EngineMemory
 
 SIZES = [*(1 << bits for bits in range(16)), 3, 5, 7, 241, 1023, 4097, 32_771]
@@ -203,3 +204,14 @@ def test_other_threads_run_while_pages_move(call: str) -> None:
             checksums(keys, records)
     assert ran == ["while the call ran"]
     other.join()
+
+
+def test_records_are_placed_in_their_pages() -> None:
+    record, into = bytes(range(10)), [bytearray(4), bytearray(6)]
+    addresses = [_native.address_of(part, True) for part in into]
+    place([record], PageSegments(addresses, [4, 6], 2, into))
+    assert b"".join(into) == record
+    with pytest.raises(ValueError, match="length"):
+        place([record[:-1]], PageSegments(addresses, [4, 6], 2, into))
+    with pytest.raises(ValueError, match="equally many"):
+        place([], PageSegments(addresses, [4, 6], 2, into))
