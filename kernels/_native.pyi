@@ -66,3 +66,14 @@ def copy(
     convert: int,
     workers: Workers,
 ) -> int: ...
+def parts_of(
+    src: Layout,
+    dst: Layout,
+    scales: Layout,
+    src_slots: object,
+    dst_slots: object,
+    tokens: int,
+    first_layer: int,
+    last_layer: int,
+    convert: int,
+) -> list[tuple[int, int, int, int]]: ...

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from . import _native
 from .layout import PageLayout
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     Slots: TypeAlias = "Sequence[int] | Buffer | Tensor"
+    _Layout: TypeAlias = _native.Layout
+    _Arguments: TypeAlias = tuple[_Layout, _Layout, _Layout, object, object, int, int, int, int]
 
 
 class Tensor(Protocol):
@@ -107,24 +109,51 @@ def copy_pages(
         IndexError: a slot that is not in its layout, or twice in `dst_slots`.
         Both name the argument; nothing was copied then.
     """
+    return _native.copy(*_arguments(plan, src, dst, scales), _workers(threads))
+
+
+class Part(NamedTuple):
+    """What is moved in one way: of planes of the same strides.
+
+    Attributes:
+        run: bytes that are contiguous on both sides; of converted numbers, how many they are.
+        word: bytes of one load and store of a GPU's thread: what all addresses and the run are multiples of.
+        runs: of an item, along the innermost axis of the destination.
+        items: what threads share.
+    """
+
+    run: int
+    word: int
+    runs: int
+    items: int
+
+
+def parts_of(
+    plan: CopyPlan, src: PageLayout, dst: PageLayout, *, scales: PageLayout | None = None
+) -> list[Part]:
+    """How `copy_pages` would do it; nothing is copied. Raises what it would raise."""
+    return [Part(*part) for part in _native.parts_of(*_arguments(plan, src, dst, scales))]
+
+
+def _arguments(
+    plan: CopyPlan, src: PageLayout, dst: PageLayout, scales: PageLayout | None
+) -> _Arguments:
     src, dst = _alike(src, dst)
     if (plan.convert == Convert.NONE) != (scales is None):
         raise ValueError("scales: needed for conversions to and from e4m3, and for them alone")
     chosen = range(src.layers) if plan.layers is None else plan.layers
     if chosen.step != 1 or chosen.start < 0 or not chosen:
         raise ValueError(f"layers: {chosen} is no range of layers")
-    src_slots, dst_slots = _slots(plan.src_slots, "src_slots"), _slots(plan.dst_slots, "dst_slots")
-    return _native.copy(
+    return (
         src.native,
         dst.native,
         (scales or src).native,
-        src_slots,
-        dst_slots,
+        _slots(plan.src_slots, "src_slots"),
+        _slots(plan.dst_slots, "dst_slots"),
         plan.tokens,
         chosen.start,
         chosen.stop,
         plan.convert,
-        _workers(threads),
     )
 
 

@@ -73,6 +73,22 @@ uint64_t copy(const Layout& src, const Layout& dst, const Layout& scales,
   return plan.bytes();
 }
 
+using PartTuple = std::tuple<uint32_t, uint32_t, uint32_t, uint32_t>;
+
+// Of each launch: bytes of a run, of a word, runs of an item, items.
+std::vector<PartTuple> parts_of(const Layout& src, const Layout& dst, const Layout& scales,
+                                const nb::object& src_slots, const nb::object& dst_slots,
+                                uint32_t tokens, uint32_t first_layer, uint32_t last_layer,
+                                uint32_t convert) {
+  const Slots from = slots_of(src_slots, "src_slots"), to = slots_of(dst_slots, "dst_slots");
+  const auto request = request_of(from, to, tokens, first_layer, last_layer, convert);
+  const CopyPlan plan(src, dst, scales, request);
+  std::vector<PartTuple> parts;
+  for (const lmcache::CopyParams& part : plan.parts())
+    parts.emplace_back(part.run, part.width, part.axis[lmcache::kAxes - 1].count.by, part.items());
+  return parts;
+}
+
 }  // namespace
 
 void bind_copy(nb::module_& m) {
@@ -91,4 +107,6 @@ void bind_copy(nb::module_& m) {
            "itemsize"_a, "memory"_a);
   m.def("copy", &copy, "src"_a, "dst"_a, "scales"_a, "src_slots"_a, "dst_slots"_a, "tokens"_a,
         "first_layer"_a, "last_layer"_a, "convert"_a, "workers"_a);
+  m.def("parts_of", &parts_of, "src"_a, "dst"_a, "scales"_a, "src_slots"_a, "dst_slots"_a,
+        "tokens"_a, "first_layer"_a, "last_layer"_a, "convert"_a);
 }

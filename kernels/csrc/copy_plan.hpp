@@ -32,6 +32,10 @@ struct SlotError : std::out_of_range {
 
 class CopyPlan {
  public:
+  static constexpr uint64_t kWord = 16;
+  static constexpr uint64_t kShortRun = 4 << 10;
+  static constexpr uint64_t kLongRun = 32 << 10;
+
   // Throws LayoutError or SlotError, which name the argument; nothing is copied then. The layouts
   // must outlive the plan. `scales` is looked at where numbers are converted.
   CopyPlan(const Layout& src, const Layout& dst, const Layout& scales, const CopyRequest& request)
@@ -200,10 +204,13 @@ class CopyPlan {
     }
     std::vector<Loop> loops = loops_of(plane);
     uint64_t run = layout(kSrc).planes[plane].run;
-    if (request_.convert == Convert::kNone) grow(run, loops, tables);
-    arrange(params, loops, tables);
+    if (request_.convert == Convert::kNone) {
+      grow(run, loops, tables);
+      cut(run, loops);
+    }
     params.run = static_cast<uint32_t>(
         request_.convert == Convert::kNone ? run : run / layout(kSrc).itemsize);
+    arrange(params, loops, tables);
     params.spans = static_cast<uint32_t>(tables.span[kSrc].size());
     params.width = request_.convert == Convert::kNone ? width_of(params, tables, run) : 1;
     params.words = Divisor(params.run / params.width);
@@ -265,6 +272,15 @@ class CopyPlan {
     }
   }
 
+  // Long runs are cut, so that many threads share one.
+  static void cut(uint64_t& run, std::vector<Loop>& loops) {
+    uint64_t piece = std::min(run, kLongRun);
+    while (run % piece != 0 || (piece % kWord != 0 && run % kWord == 0)) --piece;
+    if (piece < kShortRun || loops.size() > 1) return;
+    if (piece < run) loops.push_back({static_cast<uint32_t>(run / piece), false, {piece, piece}});
+    run = piece;
+  }
+
   static bool continues(const Loop& loop, uint64_t run) {
     return loop.stride[kSrc] == run && loop.stride[kDst] == run;
   }
@@ -301,6 +317,8 @@ class CopyPlan {
     std::stable_sort(loops.begin(), loops.end(), [](const Loop& a, const Loop& b) {
       return (a.count > 1) != (b.count > 1) ? a.count == 1 : a.stride[kDst] > b.stride[kDst];
     });
+    // A run of some length is an item by itself.
+    if (params.run >= kShortRun && loops.size() < kAxes) loops.push_back({1, false, {}});
     for (size_t i = 0; i < loops.size(); ++i) {
       Axis& axis = params.axis[kAxes - loops.size() + i];
       axis.count = Divisor(loops[i].count);

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lmcache_sglang.kernels.copy_plan import CopyPlan, copy_pages
+from lmcache_sglang.kernels.copy_plan import CopyPlan, Part, copy_pages, parts_of
 from lmcache_sglang.testing.guarded_memory import guarded
 from lmcache_sglang.testing.kv_pools import KINDS, Allocate, Pool, Shape, unified_pool
 
@@ -177,3 +177,78 @@ def test_nothing_to_copy_is_nothing() -> None:
 def test_slots_may_be_a_tensor() -> None:
     src, dst = make("device", SMALL, 1), make("page_first", SMALL, 2)
     check(src, dst, CopyPlan(torch.tensor([3, 1]), torch.tensor([9, 8])), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "part"),
+    [
+        ("page_first", "records", Part(8 * 3 * 2 * 32, 16, 2, 3)),  # K, and V, of a whole page
+        ("records", "BLHNC", Part(32, 16, 8, 2 * 3 * 3 * 2)),
+        ("device", "layer_first", Part(8 * 2 * 32, 16, 6, 3)),  # a page of a layer: 6 rows
+        ("device", "page_first", Part(2 * 32, 16, 6, 3 * 8)),
+        ("device", "page_head", Part(32, 16, 6, 3 * 2 * 8)),
+        ("padded", "device", Part(32, 2, 2, 3 * 6 * 8)),
+    ],
+)
+def test_what_is_contiguous_on_both_sides_is_moved_at_once(
+    one: str, other: str, part: Part
+) -> None:
+    src, dst = make(one, SMALL, 1), make(other, SMALL, 2)
+    plan = CopyPlan.of_pages([4, 0, 2], [1, 3, 0], page_size=SMALL.page_size)
+    (found,) = parts_of(plan, src.layout, dst.layout)
+    assert found == part
+    assert found.run * found.runs * found.items == 3 * SMALL.page_bytes
+
+
+@pytest.mark.parametrize(
+    ("dim", "word"), [(1, 1), (2, 2), (4, 4), (8, 8), (16, 16), (48, 16), (6, 2), (12, 4)]
+)
+def test_the_longest_word_that_fits_is_chosen_once_a_plan(dim: int, word: int) -> None:
+    shape = Shape(dims=(dim, dim), dtype=torch.uint8)
+    src, dst = make("page_head", shape, 1), make("device", shape, 2)
+    (part,) = parts_of(CopyPlan.of_pages([1], [2], page_size=8), src.layout, dst.layout)
+    assert part.word == word
+
+
+@pytest.mark.parametrize(
+    ("dim", "part"),
+    [
+        (4096, Part(4096, 16, 1, 8 * 6)),
+        (32 << 10, Part(32 << 10, 16, 1, 8 * 6)),
+        (64 << 10, Part(32 << 10, 16, 2, 8 * 6)),
+        (5 * (32 << 10) // 4, Part((5 * (32 << 10) // 4) // 2, 16, 2, 8 * 6)),
+        (16 * 2053, Part(16 * 2053, 16, 1, 8 * 6)),  # a prime number of words
+        (32771, Part(32771, 1, 1, 8 * 6)),
+    ],
+)
+def test_a_long_run_is_cut_for_threads_to_share(dim: int, part: Part) -> None:
+    shape = Shape(heads=1, dims=(dim, dim), dtype=torch.uint8)
+    src, dst = make("device", shape, 1), make("page_first", shape, 2)
+    plan = CopyPlan.of_pages([1], [2], page_size=8)
+    (found,) = parts_of(plan, src.layout, dst.layout)
+    assert found == part
+    check(src, dst, plan, shape)
+
+
+def test_a_page_that_is_one_run_is_cut_too() -> None:
+    shape = Shape(layers=8, page_size=64, dims=(64, 64))
+    src, dst = make("page_first", shape, 1), make("records", shape, 2)
+    plan = CopyPlan.of_pages([1], [2], page_size=64)
+    (found,) = parts_of(plan, src.layout, dst.layout)
+    assert found == Part(32 << 10, 16, 1, 2 * 4)
+    check(src, dst, plan, shape, threads=2)
+
+
+def test_planes_of_two_shapes_are_two_parts() -> None:
+    shape = replace(SMALL, dims=(16, 24))
+    src, dst = make("device", shape, 1), make("page_first", shape, 2)
+    plan = CopyPlan.of_pages([1], [2], page_size=8)
+    assert [part.run for part in parts_of(plan, src.layout, dst.layout)] == [64, 96]
+    check(src, dst, plan, shape)
+
+
+def test_tokens_one_by_one_are_pages_where_they_follow_one_another() -> None:
+    src, dst = make("device", SMALL, 1), make("layer_first", SMALL, 2)
+    plan = CopyPlan(range(16, 32), range(8, 24))
+    assert [part.run for part in parts_of(plan, src.layout, dst.layout)] == [8 * 2 * 32]
+    check(src, dst, plan, SMALL)
