@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks import machine, plan, reopen, report, rounds, serving
+from benchmarks import copies, machine, plan, reopen, report, rounds, serving
 from benchmarks.catalog import CACHE, FAMILIES, PEERS, ROOT, SGLANG_VENV, SPECS, Places, Spec
 from benchmarks.crew import CouldNotRun, Crew, Size
 from benchmarks.results import Grown, Results
@@ -40,6 +40,7 @@ examples:
                                                  while working on one path
   make bench ARGS=--serving                      about 6 minutes: what a store costs a real SGLang engine; its
                                                  tables are added to those that are there
+  make bench ARGS=--copies                       about 6 minutes: copies between layouts beside memcpy and torch
   python -m benchmarks --report                  tables and plot again from results.json
 
 The machine should do nothing else. Rounds are interleaved and ratios are taken within a round, so noise
@@ -59,6 +60,9 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
 
+    if options.copies:
+        copies.run(options.rounds or chosen.rounds, copies.THREADS, options.out, say)
+        return 0
     if options.serving:
         _serve(options, chosen.rounds, results_file, say)
         return 0
@@ -249,6 +253,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "benchmarks", help="directory of the results"
+    )
+    parser.add_argument(
+        "--copies",
+        action="store_true",
+        help="measure copies of pages between an engine's layouts, only",
     )
     parser.add_argument(
         "--serving",

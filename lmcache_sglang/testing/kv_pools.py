@@ -52,12 +52,14 @@ class Pool:
         numbers: copies each plane, as [page, token, layer, head, dim].
         memory: uint8, all that was allocated for it.
         gaps: copies what lies between its numbers.
+        views: of each plane and layer, [page, token, head, dim] of the pool's own memory; where these are tensors.
     """
 
     layout: PageLayout
     numbers: Callable[[], list[Tensor]]
     memory: Sequence[Tensor]
     gaps: Callable[[], list[Tensor]] = list
+    views: Sequence[Sequence[Tensor]] = ()
 
 
 class _Memory:
@@ -79,12 +81,13 @@ def device_pool(shape: Shape, allocate: Allocate) -> Pool:
         [memory.tensor(slots, shape.heads, dim) for _ in range(shape.layers)] for dim in shape.dims
     ]
 
+    views = [[each.view(shape.pages, -1, *each.shape[1:]) for each in plane] for plane in planes]
+
     def numbers() -> list[Tensor]:
-        stacked = [torch.stack(plane, 1) for plane in planes]
-        return [each.view(shape.pages, -1, *each.shape[1:]) for each in stacked]
+        return [torch.stack(plane, 2) for plane in views]
 
     layout = PageLayout.device_pool(planes, page_size=shape.page_size)
-    return Pool(layout, numbers, memory.taken)
+    return Pool(layout, numbers, memory.taken, views=views)
 
 
 def padded_pool(shape: Shape, allocate: Allocate) -> Pool:
@@ -117,17 +120,14 @@ def host_pool(kind: str, shape: Shape, allocate: Allocate) -> Pool:
     length["s"] = shape.pages * shape.page_size
     tensors = [memory.tensor(*(length[axis] for axis in axes[:-1]), dim) for dim in shape.dims]
 
-    def numbers() -> list[Tensor]:
-        at = axes.find("s")
-        split = [
-            each.view(*each.shape[:at], shape.pages, -1, *each.shape[at + 1 :]) if at >= 0 else each
-            for each in tensors
-        ]
-        order = axes.replace("s", "pt")
-        return [each.permute([order.index(axis) for axis in "ptlhc"]).clone() for each in split]
-
+    at, order = axes.find("s"), axes.replace("s", "pt")
+    split = [
+        each.view(*each.shape[:at], shape.pages, -1, *each.shape[at + 1 :]) if at >= 0 else each
+        for each in tensors
+    ]
+    ordered = [each.permute([order.index(axis) for axis in "ptlhc"]) for each in split]
     layout = PageLayout.host_pool(kind, tensors, page_size=shape.page_size)
-    return Pool(layout, numbers, memory.taken)
+    return _viewed(layout, ordered, memory)
 
 
 def unified_pool(groups: int, shape: Shape, allocate: Allocate) -> Pool:
@@ -152,14 +152,20 @@ def block_pool(order: str, shape: Shape, allocate: Allocate) -> Pool:
     whole = memory.tensor(*(length[axis] for axis in order))
     blocks = whole.permute([order.index(axis) for axis in "LBHNC"])
 
-    def numbers() -> list[Tensor]:
-        return [
-            each.clone()
-            for each in torch.split(blocks.permute(1, 3, 0, 2, 4), list(shape.dims), dim=-1)
-        ]
-
+    ordered = torch.split(blocks.permute(1, 3, 0, 2, 4), list(shape.dims), dim=-1)
     layout = PageLayout.blocks(list(blocks.unbind(0)), head_dims=shape.dims)
-    return Pool(layout, numbers, memory.taken)
+    return _viewed(layout, ordered, memory)
+
+
+def slots(shape: Shape, allocate: Allocate) -> Pool:
+    """The store's pages, one behind another, as a tier has them."""
+    memory = _Memory(shape, allocate)
+    whole = memory.tensor(shape.pages, shape.page_bytes // shape.dtype.itemsize)
+    heads = shape.page_size * shape.layers * shape.heads
+    planes = torch.split(whole, [heads * dim for dim in shape.dims], dim=1)
+    places = (shape.pages, shape.page_size, shape.layers, shape.heads)
+    layout = _records([each.data_ptr() for each in whole], shape, memory.taken)
+    return _viewed(layout, [each.view(*places, -1) for each in planes], memory)
 
 
 def records(shape: Shape, allocate: Allocate) -> Pool:
@@ -172,16 +178,25 @@ def records(shape: Shape, allocate: Allocate) -> Pool:
         planes = torch.split(torch.stack(list(whole)), sizes, dim=1)
         return [each.contiguous().view(shape.dtype).view(places) for each in planes]
 
-    layout = PageLayout.records(
-        [each.data_ptr() for each in whole],
+    return Pool(_records([each.data_ptr() for each in whole], shape, whole), numbers, whole)
+
+
+def _records(addresses: Sequence[int], shape: Shape, owner: object) -> PageLayout:
+    return PageLayout.records(
+        addresses,
         runs=shape.runs,
         layers=shape.layers,
         heads=shape.heads,
         page_size=shape.page_size,
         itemsize=shape.dtype.itemsize,
-        owner=whole,
+        owner=owner,
     )
-    return Pool(layout, numbers, whole)
+
+
+def _viewed(layout: PageLayout, planes: Sequence[Tensor], memory: _Memory) -> Pool:
+    """Args: planes: [page, token, layer, head, dim], of the pool's own memory."""
+    views = [list(plane.unbind(2)) for plane in planes]
+    return Pool(layout, lambda: [each.clone() for each in planes], memory.taken, views=views)
 
 
 BLOCK_ORDERS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
@@ -191,5 +206,6 @@ KINDS: dict[str, Callable[[Shape, Allocate], Pool]] = {
     **{kind: partial(host_pool, kind) for kind in HOST_AXES},
     "page_unified": partial(unified_pool, 1),
     **{order: partial(block_pool, order) for order in BLOCK_ORDERS},
+    "slots": slots,
     "records": records,
 }
