@@ -98,13 +98,25 @@ def copy_pages(
         IndexError: a slot that is not in its layout, or twice in `dst_slots`.
         Both name the argument; nothing was copied then.
     """
+    return _native.copy(*native_arguments(plan, src, dst, scales), _workers(threads))
+
+
+NativeArguments: TypeAlias = tuple[
+    _native.Layout, _native.Layout, _native.Layout, "Buffer", "Buffer", int, int, int, int
+]
+
+
+def native_arguments(
+    plan: CopyPlan, src: PageLayout, dst: PageLayout, scales: PageLayout | None
+) -> NativeArguments:
+    """What the native side plans a copy from, on a CPU and for a GPU."""
     src, dst = _alike(src, dst)
     if (plan.convert == Convert.NONE) != (scales is None):
         raise ValueError("scales: needed for conversions to and from e4m3, and for them alone")
     chosen = range(src.layers) if plan.layers is None else plan.layers
     if chosen.step != 1 or chosen.start < 0 or not chosen:
         raise ValueError(f"layers: {chosen} is no range of layers")
-    return _native.copy(
+    return (
         src.native,
         dst.native,
         (scales or src).native,
@@ -114,7 +126,6 @@ def copy_pages(
         chosen.start,
         chosen.stop,
         plan.convert,
-        _workers(threads),
     )
 
 

@@ -1,6 +1,5 @@
 // Python's view of copies between layouts: one call a batch, the GIL released while bytes move.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -9,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bind_request.hpp"
 #include "copy_cpu.hpp"
 #include "copy_plan.hpp"
 #include "layout.hpp"
@@ -18,15 +18,13 @@ namespace nb = nanobind;
 
 namespace {
 
-using lmcache::Convert;
 using lmcache::CopyPlan;
-using lmcache::CopyRequest;
 using lmcache::Layout;
+using lmcache::Slots;
 using lmcache::Workers;
 
 using PlaneTuple = std::tuple<std::vector<uint64_t>, uint64_t, uint64_t, uint64_t, uint64_t>;
 using Range = std::tuple<uint64_t, uint64_t>;
-using Slots = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 Layout* make_layout(Layout* at, const std::vector<PlaneTuple>& planes,
                     std::vector<uint64_t> pages_at, uint64_t pages, uint32_t page_size,
@@ -44,22 +42,11 @@ Layout* make_layout(Layout* at, const std::vector<PlaneTuple>& planes,
   return new (at) Layout(std::move(layout));
 }
 
-CopyRequest request_of(const Slots& src_slots, const Slots& dst_slots, uint32_t tokens,
-                       uint32_t first_layer, uint32_t last_layer, uint32_t convert) {
-  CopyRequest request;
-  request.slots[lmcache::kSrc] = {src_slots.data(), src_slots.size()};
-  request.slots[lmcache::kDst] = {dst_slots.data(), dst_slots.size()};
-  request.tokens = tokens;
-  request.layers[0] = first_layer;
-  request.layers[1] = last_layer;
-  request.convert = static_cast<Convert>(convert);
-  return request;
-}
-
 uint64_t copy(const Layout& src, const Layout& dst, const Layout& scales, const Slots& src_slots,
               const Slots& dst_slots, uint32_t tokens, uint32_t first_layer, uint32_t last_layer,
               uint32_t convert, Workers& workers) {
-  const auto request = request_of(src_slots, dst_slots, tokens, first_layer, last_layer, convert);
+  const auto request =
+      lmcache::request_of(src_slots, dst_slots, tokens, first_layer, last_layer, convert);
   nb::gil_scoped_release unlocked;
   const CopyPlan plan(src, dst, scales, request);
   lmcache::copy_on_cpu(plan, workers);
