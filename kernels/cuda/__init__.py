@@ -6,7 +6,7 @@
     sources     the one .cu and its headers, which are also what the CPU runs
     compilers   NVRTC, and nvcc
     cubins      what they made, on disk
-    build       which of these is used; `python -m lmcache_sglang.kernels.cuda.build` builds ahead of time
+    build       which of these is used; `python -m lmcache_sglang.kernels.cuda` builds ahead of time
     driver      the calls of CUDA's driver
     prepared    a plan as launches, or as runs
     choice      kernel or copy engine, and on how much of the GPU

@@ -5,10 +5,7 @@ python -m lmcache_sglang.kernels.cuda.build --arch sm_90 --into DIR
 
 from __future__ import annotations
 
-import argparse
 import logging
-import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from .cubins import Cubins
 
 logger = logging.getLogger(__name__)
 
-AHEAD = "nvcc-*"  # made by the command below, or where there was no NVRTC
+AHEAD = "nvcc-*"  # made ahead of time (__main__.py), or where there was no NVRTC
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,33 +67,3 @@ def _by(compiler: Compiler, arch: str, kept: Cubins) -> Built:
     except OSError as error:
         logger.warning("the kernels are compiled again at the next start: %s", error)
     return Built(cubin, compiler.name, compiled=True)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lmcache_sglang.kernels.cuda.build",
-        description="Compiles the copy kernels ahead of time. A GPU is not needed.",
-    )
-    parser.add_argument(
-        "--arch", action="append", required=True, help="for example sm_90; may be given again"
-    )
-    parser.add_argument(
-        "--into", type=Path, required=True, help="the folder of cubins that the copier is given"
-    )
-    parser.add_argument("--compiler", choices=["nvcc", "nvrtc"], default="nvcc")
-    options = parser.parse_args(arguments)
-    try:
-        compiler: Compiler = Nvcc() if options.compiler == "nvcc" else Nvrtc()
-        for arch in options.arch:
-            if not re.fullmatch(r"sm_\d+[af]?", arch):
-                parser.error(f"--arch: {arch!r} is not like sm_90")
-            print(Cubins(options.into).keep(arch, compiler.name, compiler.compile(arch)))
-    except (CudaUnavailableError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

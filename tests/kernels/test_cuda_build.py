@@ -19,10 +19,11 @@ import triton
 from lmcache_sglang.errors import CudaUnavailableError
 from lmcache_sglang.kernels import _native
 from lmcache_sglang.kernels.cuda import CudaCopier, build, compilers, sources
+from lmcache_sglang.kernels.cuda import __main__ as command
 from lmcache_sglang.kernels.cuda.compilers import Compiler, Nvcc, Nvrtc
 from lmcache_sglang.kernels.cuda.cubins import Cubins
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 ARCHS = ["sm_80", "sm_90", "sm_100"]
 MOST_REGISTERS = 64  # of a thread: 4 blocks of 256 threads fit an SM then, as choice.py reckons
 COMPILERS: dict[str, Callable[[], Compiler]] = {"nvrtc": Nvrtc, "nvcc": Nvcc}
@@ -44,8 +45,8 @@ def inspect(cubin: bytes, folder: Path, *options: str) -> str:
     """What cuobjdump, which Triton brings along, says of a cubin."""
     file = folder / "kernels.cubin"
     file.write_bytes(cubin)
-    command = [TOOLS / "cuobjdump", *options, file]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    arguments = [str(TOOLS / "cuobjdump"), *options, str(file)]
+    return subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, dict[str, int]]:
@@ -196,7 +197,7 @@ def test_a_crash_leaves_no_half_a_cubin(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_was_built_ahead_is_taken_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert build.main(["--arch", "sm_80", "--arch", "sm_90", "--into", str(tmp_path)]) == 0
+    assert command.main(["--arch", "sm_80", "--arch", "sm_90", "--into", str(tmp_path)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     forbid_compiling(monkeypatch)
     built = build.cubin_for("sm_90", tmp_path)
@@ -206,10 +207,10 @@ def test_what_was_built_ahead_is_taken_first(
 
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
-        build.main(["--arch", "90", "--into", str(tmp_path)])
+        command.main(["--arch", "90", "--into", str(tmp_path)])
     assert "sm_90" in capsys.readouterr().err
-    command = ["--arch", "sm_10", "--into", str(tmp_path), "--compiler", "nvrtc"]
-    assert build.main(command) == 1
+    given = ["--arch", "sm_10", "--into", str(tmp_path), "--compiler", "nvrtc"]
+    assert command.main(given) == 1
     assert "knows no sm_10, only sm_75" in capsys.readouterr().err
 
 
