@@ -67,7 +67,7 @@ class Pool:
         shift: int = 0,
     ) -> None:
         self.kind, self.shape = kind, shape
-        self._device, self._pinned, self._shift = device, pinned, shift
+        self.device, self.pinned, self.shift = device, pinned, shift
         self.flats: list[Tensor] = []
         self._rows: list[list[Tensor]] = []  # [plane][layer]
         make = {"device": self._as_device, "blocks": self._as_blocks, "records": self._as_records}
@@ -83,14 +83,14 @@ class Pool:
 
     def fill(self, seed: int) -> None:
         """Any bytes, numbers or not."""
-        generator = torch.Generator(self._device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(seed)
         for flat in self.flats:
             flat.view(torch.uint8).random_(0, 256, generator=generator)
 
     def twin(self) -> Pool:
         """Another one with the same content."""
         other = Pool(
-            self.kind, self.shape, device=self._device, pinned=self._pinned, shift=self._shift
+            self.kind, self.shape, device=self.device, pinned=self.pinned, shift=self.shift
         )
         for mine, its in zip(self.flats, other.flats, strict=True):
             its.copy_(mine)
@@ -108,12 +108,12 @@ class Pool:
         return [(flat.data_ptr(), flat.numel() * flat.element_size()) for flat in self.flats]
 
     def _new(self, *sizes: int) -> Tensor:
-        numbers = prod(sizes) + self._shift
+        numbers = prod(sizes) + self.shift
         flat = torch.zeros(
-            numbers, dtype=self.shape.dtype, device=self._device, pin_memory=self._pinned
+            numbers, dtype=self.shape.dtype, device=self.device, pin_memory=self.pinned
         )
         self.flats.append(flat)
-        return flat[self._shift :].view(sizes)
+        return flat[self.shift :].view(sizes)
 
     def _show(self, layers: Sequence[Tensor], order: Sequence[int]) -> None:
         """One plane's tensors, whose axes in this order are page, token, head, content."""

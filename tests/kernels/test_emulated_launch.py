@@ -83,8 +83,8 @@ def emulate(
 
 def written_once(dst: Pool, pages: Sequence[int], layers: range) -> list[torch.Tensor]:
     """Of each flat, 1 for every byte of these pages and layers."""
-    marks = Pool(dst.kind, dst.shape, shift=dst._shift)
-    ones = Pool(dst.kind, dst.shape, shift=dst._shift)
+    marks = Pool(dst.kind, dst.shape, shift=dst.shift)
+    ones = Pool(dst.kind, dst.shape, shift=dst.shift)
     for flat in ones.flats:
         flat.view(torch.uint8).fill_(1)
     copy_by_torch(ones, marks, pages, pages, layers)
