@@ -42,7 +42,7 @@ def choose(*, converts: bool, bytes_moved: int, runs: int, over_link: bool, batc
         bytes_moved: of the whole copy.
         runs: contiguous pieces of it.
         over_link: one side is memory of the host.
-        batched: the driver takes many copies in one call (`cuMemcpyBatchAsync`, CUDA 12.8).
+        batched: the driver takes many copies in one call (`cuMemcpyBatchAsync`, CUDA 13).
     """
     if converts or not over_link or runs == 0 or runs > MOST_RUNS:
         return Way.KERNEL

@@ -35,7 +35,7 @@ class Memory(Protocol):
 
 
 class CudaCopier:
-    """The copies of one GPU. Safe for many threads.
+    """The copies of one GPU. Safe for many threads; lives until the GPU is past its copies, for which `close` waits.
 
     Args:
         device: the GPU.

@@ -15,7 +15,9 @@ from .. import _native
 from .compilers import NO_BINDINGS
 from .prepared import Launch
 
-BATCHES_SINCE = 12080  # cuMemcpyBatchAsync: CUDA 12.8
+BATCHES_SINCE = (
+    13000  # cuMemcpyBatchAsync as it is called here; that of CUDA 12.8 had another signature
+)
 LEGACY_STREAM = 0, 1  # a batch of copies goes to no such stream
 
 
@@ -124,9 +126,6 @@ class Gpu:
         how = driver.CUmemcpyAttributes()
         how.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
         how.flags = driver.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
-        tail = [driver.CUstream(stream)]
-        if not _is_of_cuda_13(driver):
-            tail.insert(0, 0)  # where 12.8 would say which copy failed
         self._call(
             "cuMemcpyBatchAsync",
             [driver.CUdeviceptr(each) for each in dst],
@@ -136,7 +135,7 @@ class Gpu:
             [how],
             [0],
             1,
-            *tail,
+            driver.CUstream(stream),
         )
 
     def is_on_host(self, address: int, size: int) -> bool:
@@ -179,8 +178,3 @@ class Gpu:
             text = said.decode() if said else ""
             raise CudaError(f"{name}: {result.name} ({text})")
         return values
-
-
-def _is_of_cuda_13(driver: Any) -> bool:
-    """Whether `cuMemcpyBatchAsync` is without its argument of CUDA 12 for the number of the copy that failed."""
-    return int(driver.CUDA_VERSION) >= 13000
