@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 VENV := .venv-sglang
 BIN := $(VENV)/bin
-CPP := $(wildcard kernels/csrc/*.[ch]pp storage/csrc/*.[ch]pp)
+CPP := $(wildcard kernels/csrc/*.[ch]pp kernels/csrc/*.cu storage/csrc/*.[ch]pp)
 
 .PHONY: help demo test test-quick sanitize lint format venv bench clean
 

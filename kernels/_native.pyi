@@ -1,5 +1,6 @@
 # The compiled data plane (kernels/csrc/bindings.cpp). Call it through pages.py, which says more.
 
+import builtins
 from collections.abc import Callable, Sequence
 
 from typing_extensions import Buffer
@@ -66,14 +67,42 @@ def copy(
     convert: int,
     workers: Workers,
 ) -> int: ...
-def parts_of(
-    src: Layout,
-    dst: Layout,
-    scales: Layout,
-    src_slots: object,
-    dst_slots: object,
-    tokens: int,
-    first_layer: int,
-    last_layer: int,
-    convert: int,
-) -> list[tuple[int, int, int, int]]: ...
+
+# Launches (kernels/csrc/bind_launch.cpp). Call them through cuda/.
+
+THREADS: int  # of a block
+
+class Plan:  # as `copy` takes it, but nothing is copied
+    def __init__(
+        self,
+        src: Layout,
+        dst: Layout,
+        scales: Layout,
+        src_slots: object,
+        dst_slots: object,
+        tokens: int,
+        first_layer: int,
+        last_layer: int,
+        convert: int,
+    ) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def table_bytes(self) -> int: ...
+    @property
+    def run_count(self) -> int: ...
+    def parts(self) -> list[tuple[int, int, int, int]]: ...
+    def launches(
+        self, host: int, device: int, most_blocks: int
+    ) -> list[tuple[str, builtins.bytes, int]]: ...
+    def runs(self) -> tuple[list[int], list[int], list[int]]: ...
+
+def kernels() -> list[str]: ...
+def emulate(
+    kernel: str,
+    params: bytes,
+    blocks: int,
+    reads: Sequence[tuple[int, int]],
+    writes: Sequence[tuple[int, int]],
+    workers: Workers,
+) -> tuple[list[bytes], int]: ...

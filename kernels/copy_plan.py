@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     Slots: TypeAlias = "Sequence[int] | Buffer | Tensor"
     _Layout: TypeAlias = _native.Layout
-    _Arguments: TypeAlias = tuple[_Layout, _Layout, _Layout, object, object, int, int, int, int]
+    NativeArguments: TypeAlias = tuple[
+        _Layout, _Layout, _Layout, object, object, int, int, int, int
+    ]
 
 
 class Tensor(Protocol):
@@ -109,7 +111,7 @@ def copy_pages(
         IndexError: a slot that is not in its layout, or twice in `dst_slots`.
         Both name the argument; nothing was copied then.
     """
-    return _native.copy(*_arguments(plan, src, dst, scales), _workers(threads))
+    return _native.copy(*native_arguments(plan, src, dst, scales), _workers(threads))
 
 
 class Part(NamedTuple):
@@ -132,12 +134,13 @@ def parts_of(
     plan: CopyPlan, src: PageLayout, dst: PageLayout, *, scales: PageLayout | None = None
 ) -> list[Part]:
     """How `copy_pages` would do it; nothing is copied. Raises what it would raise."""
-    return [Part(*part) for part in _native.parts_of(*_arguments(plan, src, dst, scales))]
+    return [Part(*each) for each in _native.Plan(*native_arguments(plan, src, dst, scales)).parts()]
 
 
-def _arguments(
+def native_arguments(
     plan: CopyPlan, src: PageLayout, dst: PageLayout, scales: PageLayout | None
-) -> _Arguments:
+) -> NativeArguments:
+    """What the native side plans a copy from, on a CPU and for a GPU."""
     src, dst = _alike(src, dst)
     if (plan.convert == Convert.NONE) != (scales is None):
         raise ValueError("scales: needed for conversions to and from e4m3, and for them alone")

@@ -3,10 +3,12 @@
     LMCacheError
     ├── ConfigError              a setting is wrong: names it and the fix; raised at start
     ├── UnsupportedEngineError   the engine lacks a seam this package stands on; raised at start
+    ├── CudaError                a CUDA call failed: names the call and what the driver said
+    │   └── CudaUnavailableError our kernels cannot be built or run here; the engine's own still can
     └── TierError                a tier could not do what it was asked, with the reason
 
 A `TierError` never reaches an engine: `storage.chain.Chain` turns it into a miss and counts it by
-tier and reason. The other two stop the engine before it serves.
+tier and reason. The first two stop the engine before it serves.
 """
 
 from __future__ import annotations
@@ -37,6 +39,17 @@ class ConfigError(LMCacheError, ValueError):
 
 class UnsupportedEngineError(LMCacheError, RuntimeError):
     """The running engine does not have what this package builds on."""
+
+
+class CudaError(LMCacheError, RuntimeError):
+    """A CUDA call failed."""
+
+
+class CudaUnavailableError(CudaError):
+    """Our kernels cannot be built, or not run, on this machine: says what is missing and what brings it.
+
+    Whoever asked goes on with the engine's own kernels.
+    """
 
 
 class Reason(StrEnum):

@@ -8,6 +8,8 @@ import pytest
 
 from lmcache_sglang.errors import (
     ConfigError,
+    CudaError,
+    CudaUnavailableError,
     LMCacheError,
     Reason,
     TierError,
@@ -34,7 +36,9 @@ def test_a_copied_config_error_is_the_same_error() -> None:
     assert (str(again), vars(again)) == (str(error), vars(error))
 
 
-@pytest.mark.parametrize("kind", [ConfigError, UnsupportedEngineError, TierError])
+@pytest.mark.parametrize(
+    "kind", [ConfigError, UnsupportedEngineError, CudaError, CudaUnavailableError, TierError]
+)
 def test_one_except_clause_catches_all_of_them(kind: type[Exception]) -> None:
     assert issubclass(kind, LMCacheError)
     assert issubclass(ConfigError, ValueError)

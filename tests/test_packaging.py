@@ -12,6 +12,9 @@ from importlib.metadata import files
 from pathlib import Path
 
 import pytest
+from pathspec import GitIgnoreSpec  # scikit-build-core's own
+
+from lmcache_sglang.kernels.cuda import sources
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ["hicache", "kernels", "storage"]
@@ -75,6 +78,19 @@ def test_an_installation_has_one_name() -> None:
     assert names == {"lmcache_sglang"}
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert settings["tool"]["scikit-build"]["wheel"]["packages"] == ["lmcache_sglang"]
+
+
+def test_a_wheel_has_the_source_that_is_compiled_at_first_use_and_no_other() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    excluded = GitIgnoreSpec.from_lines(settings["tool"]["scikit-build"]["wheel"]["exclude"])
+    source = [*ROOT.glob("kernels/csrc/*"), *ROOT.glob("storage/csrc/*")]
+    assert len(source) > 30
+    shipped = {
+        path.name
+        for path in source
+        if not excluded.match_file(Path("lmcache_sglang") / path.relative_to(ROOT))
+    }
+    assert shipped == {sources.KERNELS, *sources.HEADERS}
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,8 @@ void run_workers(Workers& workers, size_t count, const nb::callable& job) {
 
 }  // namespace
 
-void bind_copy(nb::module_& m);  // bind_copy.cpp
+void bind_copy(nb::module_& m);    // bind_copy.cpp
+void bind_launch(nb::module_& m);  // bind_launch.cpp
 
 NB_MODULE(_native, m) {
   using namespace nb::literals;
@@ -242,4 +243,5 @@ NB_MODULE(_native, m) {
       .def(nb::init<unsigned>(), "threads"_a)
       .def("run", &run_workers, "count"_a, "job"_a);
   bind_copy(m);
+  bind_launch(m);
 }

@@ -30,20 +30,51 @@ LMCACHE_HD Item find_item(const CopyParams& p, uint32_t number, unsigned sides) 
   return item;
 }
 
-// One lane's share of an item: whole words of kWidth bytes, from any run of it.
-template <unsigned kWidth>
-LMCACHE_HD void copy_item(const CopyParams& p, uint32_t number, uint32_t lane, uint32_t lanes) {
+// How a body reaches memory. A GPU brings its own (copy_kernels.cu), and so does a test that counts
+// (emulate.hpp). Addresses are multiples of the word's size.
+struct Direct {
+  template <class Type>
+  LMCACHE_HD Type load(uint64_t at) const {
+    return *reinterpret_cast<const Type*>(at);
+  }
+  template <class Type>
+  LMCACHE_HD void store(uint64_t at, Type value) const {
+    *reinterpret_cast<Type*>(at) = value;
+  }
+};
+
+// Words that a lane loads before it stores the first of them: host memory answers late, and what
+// is under way hides that.
+inline constexpr uint32_t kWordsAhead = 4;
+
+LMCACHE_HD uint32_t words_of_item(const CopyParams& p) {
+  return p.axis[kAxes - 1].count.by * p.words.by;
+}
+
+// One lane's share of an item: whole words of kWidth bytes, from any run of it. An item has at
+// most 2^31 words, so that `i` does not wrap around.
+template <unsigned kWidth, class Memory>
+LMCACHE_HD void copy_item(const CopyParams& p, uint32_t number, uint32_t lane, uint32_t lanes,
+                          const Memory& memory) {
   using Type = typename Word<kWidth>::Type;
   const Item item = find_item(p, number, 2);
   const Axis& inner = p.axis[kAxes - 1];
-  const uint32_t words = inner.count.by * p.words.by;
-  for (uint32_t i = lane; i < words; i += lanes) {
-    const uint32_t run = p.words.divide(i);
-    const uint64_t within = uint64_t{i - run * p.words.by} * kWidth;
-    const auto* from =
-        reinterpret_cast<const Type*>(item.at[kSrc] + offset(p, inner, kSrc, run) + within);
-    auto* to = reinterpret_cast<Type*>(item.at[kDst] + offset(p, inner, kDst, run) + within);
-    *to = *from;
+  const uint32_t words = words_of_item(p);
+  for (uint32_t first = lane; first < words; first += kWordsAhead * lanes) {
+    Type held[kWordsAhead];
+    uint64_t to[kWordsAhead];
+    LMCACHE_UNROLL
+    for (uint32_t j = 0; j < kWordsAhead; ++j) {
+      const uint32_t i = first + j * lanes;
+      if (i >= words) break;
+      const uint32_t run = p.words.divide(i);
+      const uint64_t within = uint64_t{i - run * p.words.by} * kWidth;
+      to[j] = item.at[kDst] + offset(p, inner, kDst, run) + within;
+      held[j] = memory.template load<Type>(item.at[kSrc] + offset(p, inner, kSrc, run) + within);
+    }
+    LMCACHE_UNROLL
+    for (uint32_t j = 0; j < kWordsAhead; ++j)
+      if (first + j * lanes < words) memory.store(to[j], held[j]);
   }
 }
 

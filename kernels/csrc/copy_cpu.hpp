@@ -104,7 +104,7 @@ void quantize_items(const CopyParams& p, uint32_t first, uint32_t last) {
   for (uint32_t number = first; number < last; ++number) {
     const Item item = find_item(p, number, kSides);
     for (uint32_t run = 0; run < p.axis[kAxes - 1].count.by; ++run) {
-      const Converted<How> at(p, item, run);
+      const Converted at(p, item, run);
       *at.scale = How::scale(How::largest(at.from, p.run, 0, 1));
       convert_run<How>(at.to, at.from, p.run, *at.scale, 0, 1);
     }
@@ -117,7 +117,7 @@ void dequantize_items(const CopyParams& p, uint32_t first, uint32_t last) {
   for (uint32_t number = first; number < last; ++number) {
     const Item item = find_item(p, number, kSides);
     for (uint32_t run = 0; run < p.axis[kAxes - 1].count.by; ++run) {
-      const Converted<How> at(p, item, run);
+      const Converted at(p, item, run);
       convert_run<How>(at.to, at.from, p.run, *at.scale, 0, 1);
     }
   }

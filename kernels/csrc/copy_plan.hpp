@@ -60,6 +60,8 @@ class CopyPlan {
   const std::vector<CopyParams>& parts() const { return parts_; }
   Convert convert() const { return request_.convert; }
   uint64_t bytes() const { return bytes_; }
+  // How many runs there are, long ones whole.
+  uint64_t runs() const { return runs_; }
 
  private:
   struct Tables {
@@ -203,9 +205,10 @@ class CopyPlan {
       fill_rows(tables.row[side], side, plane, end);
     }
     std::vector<Loop> loops = loops_of(plane);
-    uint64_t run = layout(kSrc).planes[plane].run;
+    uint64_t run = layout(kSrc).planes[plane].run, whole = run;
     if (request_.convert == Convert::kNone) {
       grow(run, loops, tables);
+      whole = run;
       cut(run, loops);
     }
     params.run = static_cast<uint32_t>(
@@ -219,7 +222,9 @@ class CopyPlan {
       params.row[side] = tables.row[side].data();
     }
     require_countable(params);
-    bytes_ += uint64_t{params.items()} * params.axis[kAxes - 1].count.by * run;
+    const uint64_t pieces = uint64_t{params.items()} * params.axis[kAxes - 1].count.by;
+    bytes_ += pieces * run;
+    runs_ += pieces * run / whole;
     return params;
   }
 
@@ -356,6 +361,7 @@ class CopyPlan {
   std::vector<std::unique_ptr<Tables>> tables_;
   std::vector<CopyParams> parts_;
   uint64_t bytes_ = 0;
+  uint64_t runs_ = 0;
 };
 
 }  // namespace lmcache

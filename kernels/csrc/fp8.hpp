@@ -99,6 +99,32 @@ struct E4m3 : Small<3, 7, 0x7E, 0x7E> {  // what is too large becomes the larges
   }
 };
 
+// Several numbers as one word, the first in its lowest bits.
+template <class Number, unsigned kBy>
+using Packet = typename Word<kBy * sizeof(Number)>::Type;
+
+template <class Number, class Bits>
+LMCACHE_HD Number number_of(const Bits& packet, unsigned i) {
+  return static_cast<Number>(packet >> (8 * sizeof(Number) * i));
+}
+
+template <class Number>
+LMCACHE_HD Number number_of(const Word<16>::Type& packet, unsigned i) {
+  constexpr unsigned kEach = 4 / sizeof(Number);
+  return static_cast<Number>(packet.part[i / kEach] >> (8 * sizeof(Number) * (i % kEach)));
+}
+
+template <class Number, class Bits>
+LMCACHE_HD void add_number(Bits& packet, unsigned i, Number value) {
+  packet = static_cast<Bits>(packet | static_cast<Bits>(value) << (8 * sizeof(Number) * i));
+}
+
+template <class Number>
+LMCACHE_HD void add_number(Word<16>::Type& packet, unsigned i, Number value) {
+  constexpr unsigned kEach = 4 / sizeof(Number);
+  packet.part[i / kEach] |= uint32_t{value} << (8 * sizeof(Number) * (i % kEach));
+}
+
 // 16-bit numbers to e4m3, with one scale a run: the largest of it becomes 448. A run that holds an
 // infinity has an infinite scale, and reads back as infinities' quotients do: not as numbers.
 template <class Half>
@@ -107,11 +133,19 @@ struct Quantize {
   using To = uint8_t;
 
   // The largest magnitude that a lane sees. NaNs count for nothing.
-  LMCACHE_HD static float largest(const From* from, uint32_t n, uint32_t lane, uint32_t lanes) {
+  template <unsigned kBy = 1, class Memory = Direct>
+  LMCACHE_HD static float largest(uint64_t from, uint32_t n, uint32_t lane, uint32_t lanes,
+                                  const Memory& memory = {}) {
     float most = 0;
-    for (uint32_t i = lane; i < n; i += lanes) {
-      const float magnitude = as_float(bits_of(Half::decode(from[i])) & 0x7FFFFFFF);
-      if (magnitude > most) most = magnitude;
+    for (uint32_t i = lane; i < n / kBy; i += lanes) {
+      using Type = Packet<From, kBy>;
+      const Type packet = memory.template load<Type>(from + uint64_t{i} * sizeof(Type));
+      LMCACHE_UNROLL
+      for (unsigned j = 0; j < kBy; ++j) {
+        const uint32_t bits = bits_of(Half::decode(number_of<From>(packet, j)));
+        const float magnitude = as_float(bits & 0x7FFFFFFF);
+        if (magnitude > most) most = magnitude;
+      }
     }
     return most;
   }
@@ -133,23 +167,32 @@ struct Dequantize {
   }
 };
 
-template <class How>
-LMCACHE_HD void convert_run(typename How::To* to, const typename How::From* from, uint32_t n,
-                            float scale, uint32_t lane, uint32_t lanes) {
-  for (uint32_t i = lane; i < n; i += lanes) to[i] = How::convert(from[i], scale);
+// One lane's share of a run of n numbers, a multiple of kBy.
+template <class How, unsigned kBy = 1, class Memory = Direct>
+LMCACHE_HD void convert_run(uint64_t to, uint64_t from, uint32_t n, float scale, uint32_t lane,
+                            uint32_t lanes, const Memory& memory = {}) {
+  using From = Packet<typename How::From, kBy>;
+  using To = Packet<typename How::To, kBy>;
+  for (uint32_t i = lane; i < n / kBy; i += lanes) {
+    const From packet = memory.template load<From>(from + uint64_t{i} * sizeof(From));
+    To made{};
+    LMCACHE_UNROLL
+    for (unsigned j = 0; j < kBy; ++j)
+      add_number(made, j, How::convert(number_of<typename How::From>(packet, j), scale));
+    memory.store(to + uint64_t{i} * sizeof(To), made);
+  }
 }
 
 // Where one run of an item is, and its scale.
-template <class How>
 struct Converted {
-  const typename How::From* from;
-  typename How::To* to;
+  uint64_t from;
+  uint64_t to;
   float* scale;
 
   LMCACHE_HD Converted(const CopyParams& p, const Item& item, uint32_t run) {
     const Axis& inner = p.axis[kAxes - 1];
-    from = reinterpret_cast<const typename How::From*>(item.at[kSrc] + offset(p, inner, kSrc, run));
-    to = reinterpret_cast<typename How::To*>(item.at[kDst] + offset(p, inner, kDst, run));
+    from = item.at[kSrc] + offset(p, inner, kSrc, run);
+    to = item.at[kDst] + offset(p, inner, kDst, run);
     scale = reinterpret_cast<float*>(item.at[kScale] + offset(p, inner, kScale, run));
   }
 };

@@ -13,10 +13,10 @@ using uint64_t = unsigned long long;
 
 #if defined(__CUDACC__)
 #define LMCACHE_HD __host__ __device__ __forceinline__
-#define LMCACHE_RESTRICT __restrict__
+#define LMCACHE_UNROLL _Pragma("unroll")
 #else
 #define LMCACHE_HD inline __attribute__((always_inline))
-#define LMCACHE_RESTRICT __restrict__
+#define LMCACHE_UNROLL
 #endif
 
 namespace lmcache {

@@ -1,0 +1,141 @@
+"""The two ways from source to cubin: NVRTC, which users of SGLang have, and nvcc.
+
+NVRTC is reached through `cuda.bindings`: every version of `cuda-python`, which SGLang requires, brings it, while
+`cuda.core` comes with some only.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...errors import CudaUnavailableError
+from . import sources
+
+NO_BINDINGS = "cuda.bindings is not installed: pip install cuda-python"
+COMPILE_SECONDS = 300.0
+
+
+class Compiler(Protocol):
+    @property
+    def name(self) -> str:
+        """With its version, fit for a file's name."""
+
+    def compile(self, arch: str) -> bytes:
+        """A cubin of the kernels.
+
+        Args:
+            arch: for example sm_90.
+
+        Raises:
+            CudaUnavailableError: it does not know this architecture, or not our source; says what it said.
+        """
+
+
+class Nvrtc:
+    """NVIDIA's compiler as a library; needs no headers and no other compiler.
+
+    Raises:
+        CudaUnavailableError: it is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from cuda.bindings import nvrtc
+        except ImportError as error:
+            raise CudaUnavailableError(NO_BINDINGS) from error
+        self._nvrtc: Any = nvrtc
+        try:
+            major, minor = self._call("nvrtcVersion")
+        except RuntimeError as error:  # what cuda.bindings raises where the library is not found
+            raise CudaUnavailableError(
+                f"NVRTC is not installed: pip install nvidia-cuda-nvrtc ({error})"
+            ) from error
+        self.name = f"nvrtc-{major}.{minor}"
+
+    def compile(self, arch: str) -> bytes:
+        known = [f"sm_{number}" for number in self._call("nvrtcGetSupportedArchs")[0]]
+        if arch not in known:
+            raise CudaUnavailableError(f"{self.name} knows no {arch}, only {', '.join(known)}")
+        headers = [sources.text(name) for name in sources.HEADERS]
+        names = [name.encode() for name in sources.HEADERS]
+        (program,) = self._call(
+            "nvrtcCreateProgram",
+            sources.text(sources.KERNELS),
+            sources.KERNELS.encode(),
+            len(headers),
+            headers,
+            names,
+        )
+        try:
+            return self._compile(program, arch)
+        finally:
+            self._call("nvrtcDestroyProgram", program)
+
+    def _compile(self, program: object, arch: str) -> bytes:
+        options = [f"--gpu-architecture={arch}".encode(), f"--std={sources.STANDARD}".encode()]
+        (result,) = self._nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if result != self._nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            (size,) = self._call("nvrtcGetProgramLogSize", program)
+            log = b" " * size
+            self._call("nvrtcGetProgramLog", program, log)
+            said = log.rstrip(b"\0").decode(errors="replace")
+            raise CudaUnavailableError(f"{self.name} does not compile our kernels: {said}")
+        (size,) = self._call("nvrtcGetCUBINSize", program)
+        cubin: bytes = b" " * size  # written in place: cuda.bindings' way
+        self._call("nvrtcGetCUBIN", program, cubin)
+        return cubin
+
+    def _call(self, name: str, *args: object) -> Any:
+        result, *values = getattr(self._nvrtc, name)(*args)
+        if result != self._nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CudaUnavailableError(f"{name}: {result.name}")
+        return values
+
+
+class Nvcc:
+    """NVIDIA's compiler as a command; wants a C++ compiler beside it.
+
+    Args:
+        command: its path; None: the one on PATH.
+
+    Raises:
+        CudaUnavailableError: there is none.
+    """
+
+    def __init__(self, command: Path | None = None) -> None:
+        found = command or shutil.which("nvcc")
+        if found is None:
+            raise CudaUnavailableError("nvcc is not on PATH: install the CUDA toolkit")
+        self._command = Path(found)
+        said = self._run("--version")
+        version = re.search(r"\bV(\d+\.\d+\.\d+)", said)
+        if version is None:
+            raise CudaUnavailableError(f"{found} --version does not say which it is: {said}")
+        self.name = f"nvcc-{version[1]}"
+
+    def compile(self, arch: str) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="lmcache-nvcc-") as folder:
+            out = Path(folder) / "kernels.cubin"
+            options = ["-cubin", f"-arch={arch}", f"-std={sources.STANDARD}", "-o", str(out)]
+            self._run(*options, str(sources.FOLDER / sources.KERNELS))
+            return out.read_bytes()
+
+    def _run(self, *args: str) -> str:
+        try:
+            done = subprocess.run(
+                [self._command, *args],
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=COMPILE_SECONDS,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CudaUnavailableError(f"{self._command}: {error}") from error
+        if done.returncode != 0:
+            raise CudaUnavailableError(f"{self._command} {' '.join(args)}: {done.stderr.strip()}")
+        return done.stdout

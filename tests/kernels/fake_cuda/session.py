@@ -1,0 +1,293 @@
+"""The CUDA copier on the driver of driver.cpp, in a process of its own: `session.py CHECK CUBINS`.
+
+`LD_LIBRARY_PATH` names the folder of that driver. Launches run by the emulation of csrc/emulate.hpp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmcache_sglang.errors import CudaError, CudaUnavailableError
+from lmcache_sglang.kernels import _native
+from lmcache_sglang.kernels.copy_plan import Convert, CopyPlan
+from lmcache_sglang.kernels.cuda.choice import Way
+from lmcache_sglang.kernels.cuda.copier import CudaCopier, Stream
+from lmcache_sglang.kernels.cuda.driver import Gpu
+from lmcache_sglang.kernels.cuda.staging import Area
+from lmcache_sglang.testing.torch_pools import (
+    KINDS,
+    Pool,
+    PoolShape,
+    copy_by_torch,
+    dequantize_by_torch,
+    quantize_by_torch,
+    scales_shape,
+)
+
+HOST, DEVICE = 1, 2
+PAGES = [4, 0, 2], [1, 3, 2]
+SHAPE = PoolShape()
+CUBINS = Path(sys.argv[2])
+
+fake = ctypes.CDLL("libcuda.so.1")
+fake.fake_register.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int]
+workers = _native.Workers(1)
+
+
+@dataclass(frozen=True)
+class OneStream:
+    cuda_stream: int = 7
+
+
+class Event:
+    """Passed once `Session.run` has run."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        assert self.done, "a GPU would be waited for"
+
+
+class Session:
+    """The memory that the fake knows, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.stream = OneStream()
+        self.pools: list[Pool] = []
+        self.events: list[Event] = []
+        self.kernels: list[str] = []
+        self.areas: list[Area] = []
+        kind = ctypes.CFUNCTYPE(
+            None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+        )
+        self._callback = kind(self._launch)
+        fake.fake_on_launch(self._callback)
+        self.copier = CudaCopier(0, cubins=CUBINS, memory=self)
+
+    def pool(self, kind: str, where: int, shape: PoolShape = SHAPE, fill: int = 1) -> Pool:
+        made = Pool(kind, shape)
+        made.fill(fill)
+        for address, size in made.memory():
+            fake.fake_register(address, size, where)
+        self.pools.append(made)
+        return made
+
+    def run(self) -> None:
+        fake.fake_run()
+        for event in self.events:
+            event.done = True
+
+    # What the copier asks of torch.
+
+    def area(self, size: int, stream: Stream) -> Area:
+        host, device = ctypes.create_string_buffer(size), ctypes.create_string_buffer(size)
+        at = ctypes.addressof(host), ctypes.addressof(device)
+        fake.fake_register(at[0], size, HOST)
+        fake.fake_register(at[1], size, DEVICE)
+        self.areas.append(Area(*at, size, (host, device)))
+        return self.areas[-1]
+
+    def passed(self, stream: Stream) -> Event:
+        self.events.append(Event())
+        return self.events[-1]
+
+    def current_stream(self) -> OneStream:
+        return self.stream
+
+    def _launch(self, kernel: bytes, params: int, blocks: int, threads: int) -> None:
+        memory = [area for pool in self.pools for area in pool.memory()]
+        bytes_of_it = ctypes.string_at(params, 200)
+        _, strays = _native.emulate(kernel.decode(), bytes_of_it, blocks, [], memory, workers)
+        assert (strays, threads) == (0, _native.THREADS)
+        self.kernels.append(kernel.decode())
+
+
+def plan_of(shape: PoolShape = SHAPE, **more: Any) -> CopyPlan:
+    return CopyPlan.of_pages(*PAGES, page_size=shape.page_size, **more)
+
+
+def check_copy(session: Session, src: Pool, dst: Pool, **how: Any) -> None:
+    wanted = dst.twin()
+    copy_by_torch(src, wanted, *PAGES, range(src.shape.layers))
+    session.copier.copy(plan_of(src.shape), src.layout, dst.layout, **how)
+    assert not dst.same(wanted)  # nothing is done before the GPU does it
+    session.run()
+    assert dst.same(wanted)
+    assert fake.fake_depth() == 0
+
+
+def every_layout_from_and_to_host_memory() -> None:
+    session = Session()
+    for kind in KINDS:
+        host = session.pool(kind, HOST, fill=1)
+        device = session.pool("device", DEVICE, fill=2)
+        check_copy(session, host, device)
+        device.fill(3)
+        check_copy(session, device, host)
+    assert set(session.kernels) == {"lmcache_copy_16"}
+    assert fake.fake_calls(b"launch") == 2 * len(KINDS)
+
+
+def long_runs_go_to_the_copy_engine() -> None:
+    session = Session()
+    shape = PoolShape(layers=4, page_size=16, heads=8, dims=(64, 64))
+    src = session.pool("page_first_direct", HOST, shape)
+    dst = session.pool("page_first_direct", DEVICE, shape, fill=2)
+    check_copy(session, src, dst)
+    assert (fake.fake_calls(b"batch"), fake.fake_calls(b"launch")) == (1, 0)
+    dst.fill(3)
+    check_copy(session, src, dst, stream=OneStream(0))  # the legacy stream takes no batch
+    assert fake.fake_calls(b"batch") == 1
+    assert fake.fake_calls(b"copy") > 1
+    dst.fill(4)
+    check_copy(session, src, dst, way=Way.KERNEL)
+    assert fake.fake_calls(b"launch") == 1
+
+
+def an_older_driver_gets_single_copies() -> None:
+    fake.fake_set_version(12040)
+    session = Session()
+    src = session.pool("page_first", HOST)
+    check_copy(session, src, session.pool("page_first", DEVICE, fill=2), way=Way.ENGINE)
+    assert fake.fake_calls(b"batch") == 0
+    assert fake.fake_calls(b"copy") == len(PAGES[0]) * 2
+
+
+def one_launch_and_one_event_a_layer() -> None:
+    session = Session()
+    src, dst = session.pool("page_first", HOST), session.pool("device", DEVICE, fill=2)
+    wanted = dst.twin()
+    copy_by_torch(src, wanted, *PAGES, range(SHAPE.layers))
+    events = session.copier.copy_by_layer(plan_of(), src.layout, dst.layout)
+    assert len(events) == fake.fake_calls(b"launch") == SHAPE.layers
+    session.run()
+    assert dst.same(wanted)
+
+
+def tables_outlive_their_launches() -> None:
+    session = Session()
+    src = session.pool("page_first", HOST)
+    into = [session.pool("device", DEVICE, fill=2 + i) for i in range(20)]
+    wanted = [pool.twin() for pool in into]
+    for i, pool in enumerate(into):
+        pages = [i % 5], [(i + 1) % 5]
+        copy_by_torch(src, wanted[i], *pages, range(SHAPE.layers))
+        plan = CopyPlan.of_pages(*pages, page_size=SHAPE.page_size)
+        session.copier.copy(plan, src.layout, pool.layout)
+    assert len(session.areas) == 20
+    session.run()
+    assert all(pool.same(its) for pool, its in zip(into, wanted, strict=True))
+    check_copy(session, src, session.pool("device", DEVICE, fill=2))
+    assert len(session.areas) == 20  # now they are taken again
+
+
+def conversions_there_and_back() -> None:
+    session = Session()
+    shape = PoolShape(dims=(128, 128))
+    eight = replace(shape, dtype=torch.uint8)
+    src, again = session.pool("device", DEVICE, shape), session.pool("device", DEVICE, shape)
+    for flat in src.flats:
+        flat.copy_(torch.randn(flat.shape))
+    dst, scales = session.pool("page_first", HOST, eight), Pool("page_first", scales_shape(shape))
+    session.pools.append(scales)
+    for address, size in scales.memory():
+        fake.fake_register(address, size, HOST)
+    there = plan_of(shape, convert=Convert.BF16_TO_E4M3)
+    session.copier.copy(there, src.layout, dst.layout, scales=scales.layout)
+    back = CopyPlan.of_pages(*PAGES[::-1], page_size=4, convert=Convert.E4M3_TO_BF16)
+    session.copier.copy(back, dst.layout, again.layout, scales=scales.layout)
+    session.run()
+    assert session.kernels == ["lmcache_quantize_bf16_8", "lmcache_dequantize_bf16_8"]
+    for plane in range(2):
+        for layer in range(shape.layers):
+            numbers, its_scales = quantize_by_torch(src.rows(plane, layer)[PAGES[0]])
+            made = dst.rows(plane, layer)[PAGES[1]].view(torch.float8_e4m3fn)
+            assert torch.equal(made.float(), numbers.float())
+            rows = again.rows(plane, layer)[PAGES[0]]
+            assert torch.equal(rows, dequantize_by_torch(numbers, its_scales, torch.bfloat16))
+
+
+def memory_that_is_not_pinned_is_refused() -> None:
+    session = Session()
+    unpinned, device = Pool("page_first", SHAPE), session.pool("device", DEVICE)
+    for src, dst in [(unpinned, device), (device, unpinned)]:
+        copy = partial(session.copier.copy, plan_of(), src.layout, dst.layout)
+        must_fail(copy, ValueError, "pin host memory")
+    assert fake.fake_calls(b"launch") == fake.fake_calls(b"copy") == 0
+    assert fake.fake_depth() == 0
+
+
+def nothing_to_copy_is_nothing_asked() -> None:
+    session = Session()
+    src, dst = session.pool("page_first", HOST), session.pool("device", DEVICE)
+    empty = CopyPlan.of_pages([], [], page_size=4)
+    assert session.copier.copy(empty, src.layout, dst.layout) == 0
+    assert fake.fake_calls(b"launch") == 0
+
+
+def what_the_driver_refuses_is_said() -> None:
+    must_fail(lambda: Gpu(1), CudaUnavailableError, "GPU 1 cannot be used: cuDeviceGet")
+    must_fail(lambda: load(b"no cubin at all"), CudaUnavailableError, "no newer than the driver's")
+    gpu = Gpu(0)
+    outside = "cuMemcpyAsync: CUDA_ERROR_INVALID_CONTEXT"
+    must_fail(lambda: gpu.copy(1, 2, 3, 7), CudaError, outside)
+    with gpu.current():
+        refused = "cuMemcpyAsync: CUDA_ERROR_INVALID_VALUE (refused by the fake)"
+        must_fail(lambda: gpu.copy(1, 2, 3, 7), CudaError, refused)
+    assert fake.fake_depth() == 0
+
+
+def must_fail(call: Callable[[], object], kind: type[Exception], said: str) -> None:
+    try:
+        call()
+    except kind as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(f"not said: {said}")
+
+
+def load(cubin: bytes) -> None:
+    gpu = Gpu(0)
+    with gpu.current():
+        gpu.load(cubin, "something")
+
+
+def closing_gives_it_all_back() -> None:
+    session = Session()
+    src, dst = session.pool("page_first", HOST), session.pool("device", DEVICE, fill=2)
+    check_copy(session, src, dst)
+    session.copier.close()
+    session.copier.close()
+    assert (fake.fake_calls(b"unload"), fake.fake_calls(b"release")) == (1, 1)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in [
+        every_layout_from_and_to_host_memory,
+        long_runs_go_to_the_copy_engine,
+        an_older_driver_gets_single_copies,
+        one_launch_and_one_event_a_layer,
+        tables_outlive_their_launches,
+        conversions_there_and_back,
+        memory_that_is_not_pinned_is_refused,
+        nothing_to_copy_is_nothing_asked,
+        what_the_driver_refuses_is_said,
+        closing_gives_it_all_back,
+    ]
+}
+
+if __name__ == "__main__":
+    CHECKS[sys.argv[1]]()

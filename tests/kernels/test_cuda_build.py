@@ -1,0 +1,256 @@
+"""The kernels as machine code: by NVRTC and by nvcc, for each architecture, without a GPU; and the cubins on disk.
+
+NVRTC comes with the tests' environment. nvcc may be missing. No test here runs a kernel.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import triton
+
+from lmcache_sglang.errors import CudaUnavailableError
+from lmcache_sglang.kernels import _native
+from lmcache_sglang.kernels.cuda import CudaCopier, build, compilers, sources
+from lmcache_sglang.kernels.cuda import __main__ as command
+from lmcache_sglang.kernels.cuda.compilers import Compiler, Nvcc, Nvrtc
+from lmcache_sglang.kernels.cuda.cubins import Cubins
+
+TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
+ARCHS = ["sm_80", "sm_90", "sm_100"]
+MOST_REGISTERS = 64  # of a thread: 4 blocks of 256 threads fit an SM then, as choice.py reckons
+COMPILERS: dict[str, Callable[[], Compiler]] = {"nvrtc": Nvrtc, "nvcc": Nvcc}
+NEEDS_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@pytest.fixture(params=[pytest.param("nvcc", marks=NEEDS_NVCC), "nvrtc"])
+def compiler(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@cache
+def compiled(compiler: str, arch: str) -> bytes:
+    return COMPILERS[compiler]().compile(arch)
+
+
+def inspect(cubin: bytes, folder: Path, *options: str) -> str:
+    """What cuobjdump, which Triton brings along, says of a cubin."""
+    file = folder / "kernels.cubin"
+    file.write_bytes(cubin)
+    arguments = [str(TOOLS / "cuobjdump"), *options, str(file)]
+    return subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, dict[str, int]]:
+    """Of each kernel: registers, bytes of stack, and so on."""
+    text = inspect(cubin, folder, "-res-usage")
+    found = re.findall(r"Function (\w+):\s+(REG:.*)", text)
+    return {
+        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
+        for name, usage in found
+    }
+
+
+def instructions(cubin: bytes, folder: Path) -> dict[str, list[str]]:
+    """Of each kernel the names of its instructions, in order."""
+    text = inspect(cubin, folder, "-sass")
+    made = {}
+    for part in text.split("Function : ")[1:]:
+        names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]+)", part)
+        made[part.split()[0]] = names
+    return made
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_keeps_to_registers(
+    compiler: str, arch: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """No local memory, no stack, and few enough registers that an SM is full of threads."""
+    used = resources(compiled(compiler, arch), tmp_path)
+    assert sorted(used) == _native.kernels()
+    for name, usage in used.items():
+        record_property(f"registers of {name}", usage["REG"])
+        print(f"{compiler} {arch} {name}: {usage['REG']} registers")
+        assert (usage["STACK"], usage["LOCAL"], usage["SHARED"]) == (0, 0, 0)
+        assert usage["REG"] <= MOST_REGISTERS
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_kernel_touches_local_memory(compiler: str, arch: str, tmp_path: Path) -> None:
+    code = instructions(compiled(compiler, arch), tmp_path)
+    assert sorted(code) == _native.kernels()
+    assert all(len(names) > 50 for names in code.values())
+    spilled = [name for names in code.values() for name in names if name[:3] in ("LDL", "STL")]
+    assert not spilled
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_words_of_16_bytes_are_moved_whole(compiler: str, arch: str, tmp_path: Path) -> None:
+    """By global loads and stores of 128 bits, four of them under way before the first is stored."""
+    names = instructions(compiled(compiler, arch), tmp_path)["lmcache_copy_16"]
+    moves = [name[:3] for name in names if re.match(r"(LDG|STG)\.E\b.*\.128", name)]
+    assert moves.index("STG") >= 4
+    assert moves.count("STG") >= 4
+    assert not [name for name in names if re.match(r"STG?\b", name) and ".128" not in name]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_conversions_read_and_write_eight_numbers_at_once(
+    compiler: str, arch: str, tmp_path: Path
+) -> None:
+    code = instructions(compiled(compiler, arch), tmp_path)
+    for dtype in ["bf16", "fp16"]:
+        there, back = code[f"lmcache_quantize_{dtype}_8"], code[f"lmcache_dequantize_{dtype}_8"]
+        assert any(name.startswith("LDG.E") and ".128" in name for name in there)
+        assert any(name.startswith("STG.E") and ".64" in name for name in there)
+        assert any(name.startswith("SHFL.BFLY") for name in there)
+        assert any(name.startswith("STG.E") and ".128" in name for name in back)
+
+
+def test_the_shipped_headers_are_those_that_are_included() -> None:
+    needed, seen = [sources.KERNELS], set()
+    while needed:
+        name = needed.pop()
+        if name not in seen:
+            seen.add(name)
+            needed += re.findall(r'#include "(.*)"', sources.text(name).decode())
+    assert seen == {sources.KERNELS, *sources.HEADERS}
+
+
+# Cubins on disk.
+
+
+def forbid_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_nothing(_: object, arch: str) -> bytes:
+        raise AssertionError(f"compiled for {arch}")
+
+    monkeypatch.setattr(Nvrtc, "compile", compile_nothing)
+    monkeypatch.setattr(Nvcc, "compile", compile_nothing)
+
+
+def test_the_second_use_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build.cubin_for("sm_90", tmp_path)
+    assert first.compiled
+    forbid_compiling(monkeypatch)
+    again = build.cubin_for("sm_90", tmp_path)
+    assert (again.cubin, again.source, again.compiled) == (first.cubin, first.source, False)
+
+
+def test_each_architecture_has_its_own(tmp_path: Path) -> None:
+    made = [build.cubin_for(arch, tmp_path) for arch in ["sm_80", "sm_90"]]
+    assert all(each.compiled for each in made)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "a bit": lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+    "cut off": lambda whole: whole[: len(whole) // 2],
+    "empty": lambda _: b"",
+    "something else": lambda whole: b"x" * len(whole),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_one_is_made_again(what: str, tmp_path: Path) -> None:
+    first = build.cubin_for("sm_90", tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(DAMAGE[what](whole))
+    again = build.cubin_for("sm_90", tmp_path)
+    assert again.compiled
+    assert again.cubin == first.cubin
+    assert file.read_bytes() == whole
+
+
+def test_a_change_of_the_source_makes_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build.cubin_for("sm_90", tmp_path)
+    monkeypatch.setattr(sources, "digest", lambda: "another")
+    assert build.cubin_for("sm_90", tmp_path).compiled
+
+
+def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert build.cubin_for("sm_90", tmp_path / "file").compiled
+
+
+def test_a_crash_leaves_no_half_a_cubin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="full"):
+        Cubins(tmp_path).keep("sm_90", "nvrtc-1.0", b"cubin")
+    assert list(tmp_path.iterdir()) == []
+
+
+@NEEDS_NVCC
+def test_what_was_built_ahead_is_taken_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["--arch", "sm_80", "--arch", "sm_90", "--into", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    forbid_compiling(monkeypatch)
+    built = build.cubin_for("sm_90", tmp_path)
+    assert (built.source, built.compiled) == ("nvcc, ahead of time", False)
+    assert built.cubin == compiled("nvcc", "sm_90")
+
+
+def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--arch", "90", "--into", str(tmp_path)])
+    assert "sm_90" in capsys.readouterr().err
+    given = ["--arch", "sm_10", "--into", str(tmp_path), "--compiler", "nvrtc"]
+    assert command.main(given) == 1
+    assert "knows no sm_10, only sm_75" in capsys.readouterr().err
+
+
+# Where something is missing.
+
+
+def test_an_unknown_architecture_names_the_known_ones() -> None:
+    with pytest.raises(CudaUnavailableError, match=r"knows no sm_999, only .*sm_90"):
+        Nvrtc().compile("sm_999")
+
+
+def test_source_that_does_not_compile_shows_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "text", lambda _: b"no C++\0")
+    with pytest.raises(CudaUnavailableError, match="error"):
+        Nvrtc().compile("sm_90")
+
+
+def test_without_either_compiler_both_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CudaUnavailableError, match=r"pip install cuda-python.*CUDA toolkit"):
+        build.cubin_for("sm_90", tmp_path)
+
+
+def test_nvcc_that_is_none_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CudaUnavailableError, match="nothing here"):
+        Nvcc(tmp_path / "nothing here")
+
+
+def test_without_bindings_there_is_no_copier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(CudaUnavailableError, match=re.escape(compilers.NO_BINDINGS)):
+        CudaCopier(0, cubins=tmp_path)
+
+
+def test_importing_it_imports_neither_torch_nor_cuda() -> None:
+    code = "import sys, lmcache_sglang.kernels.cuda; print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert not {"torch", "cuda", "numpy"} & set(loaded)
