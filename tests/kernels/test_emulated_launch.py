@@ -10,9 +10,12 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lmcache_sglang.kernels import _native
 from lmcache_sglang.kernels.copy_plan import Convert, CopyPlan
@@ -150,6 +153,59 @@ def test_the_widest_word_that_fits_is_moved(width: int) -> None:
     src, dst = Pool("device", shape, shift=64 + width % 16), Pool("page_first", shape)
     done = check_copy(src, dst, plan, 8)
     assert [launch.kernel for launch in done.launches] == [f"lmcache_copy_{width}"]
+
+
+def pieces(pool: Pool, tokens: int) -> list[int]:
+    """First slots of so many tokens of one page, none over another."""
+    size = pool.shape.page_size
+    within = range(0, size - tokens + 1, tokens)
+    return [page * size + first for page in range(pool.shape.pages) for first in within]
+
+
+@st.composite
+def ragged(draw: st.DrawFn) -> tuple[Pool, Pool, list[int], list[int], int]:
+    """Pools of different page sizes, and pieces of pages: from anywhere, some twice, to anywhere else."""
+    dims = tuple(draw(st.lists(st.sampled_from([1, 3, 8, 40]), min_size=1, max_size=2)))
+    layers, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3)) if len(dims) > 1 else 1
+    dtype = draw(st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]))
+    tokens = draw(st.integers(1, 4))
+    pools = []
+    for _ in range(2):
+        page_size = tokens * draw(st.integers(1, 3)) + draw(st.integers(0, 1))
+        shape = PoolShape(layers, draw(st.integers(1, 4)), page_size, heads, dims, dtype)
+        kind = draw(st.sampled_from([each for each in KINDS if shape.has(each)]))
+        pools.append(Pool(kind, shape, shift=draw(st.integers(0, 3))))
+    to = draw(st.lists(st.sampled_from(pieces(pools[1], tokens)), unique=True, min_size=1))
+    choose = st.lists(st.sampled_from(pieces(pools[0], tokens)), min_size=len(to), max_size=len(to))
+    return pools[0], pools[1], draw(choose), to, tokens
+
+
+@given(ragged(), st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_ragged_lists_of_pieces(
+    case: tuple[Pool, Pool, list[int], list[int], int], most_blocks: int
+) -> None:
+    src, dst, come_from, go_to, tokens = case
+    src.fill(1)
+    dst.fill(2)
+    wanted, marks = dst.twin(), Pool(dst.kind, dst.shape, shift=dst.shift)
+    ones = torch.ones(8, dtype=torch.uint8).view(src.shape.dtype)[0]  # of each byte
+    for plane, layer in product(range(src.planes), range(src.shape.layers)):
+        for a, b in zip(come_from, go_to, strict=True):
+            for i in range(tokens):
+                at = place(dst, b + i)
+                wanted.rows(plane, layer)[at] = src.rows(plane, layer)[place(src, a + i)]
+                marks.rows(plane, layer)[at] = ones
+    plan = CopyPlan(come_from, go_to, tokens)
+    done = emulate(PreparedCopy(plan, src.layout, dst.layout, None), [src], [dst], most_blocks)
+    assert done.strays == 0
+    once = [flat.view(torch.uint8) for flat in marks.flats]
+    assert all(map(torch.equal, done.counts, once))
+    assert dst.same(wanted)
+
+
+def place(pool: Pool, slot: int) -> tuple[int, int]:
+    return divmod(slot, pool.shape.page_size)
 
 
 @pytest.mark.parametrize("most_blocks", [1, 2, 3, 7, 64, 1 << 20])
