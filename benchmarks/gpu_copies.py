@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lmcache_sglang.kernels.copy_plan import Convert, CopyPlan
 from lmcache_sglang.kernels.cuda.choice import Way
+from lmcache_sglang.kernels.cuda.prepared import PreparedCopy
 from lmcache_sglang.kernels.layout import PageLayout
 from lmcache_sglang.testing.torch_pools import (
     KINDS,
@@ -46,6 +47,7 @@ LARGE = PoolShape(layers=32, pages=64, page_size=64, heads=8, dims=(128, 128))
 BLOCKS = (4, 8, 16, 32, 64, 128, 256, 512)
 RUNS = tuple(1 << bits for bits in range(12, 23))  # bytes, 4 KiB to 4 MiB
 RUNS_BYTES = 256 << 20
+MOST_RUNS_TIMED = 1 << 16
 
 
 class Mover(Protocol):
@@ -217,12 +219,18 @@ def time_layouts(machine: Machine, shape: PoolShape, say: Callable[[str], None])
         host, gpu = machine.host.pool(kind, shape), machine.gpu.pool(device_kind, shape)
         for direction, src, dst in [("H2D", host, gpu), ("D2H", gpu, host)]:
             baseline = _plain(machine, src, dst)
-            for way in [None, Way.KERNEL, Way.ENGINE]:
+            for way in [None, Way.KERNEL, *_engine_if_it_ends(src, dst)]:
                 name = way.value if way else "as chosen"
                 what = f"{direction} {src.kind} to {dst.kind}, {name}"
                 done.append(_timed(machine, what, src, dst, baseline, way))
                 say(_line(done[-1]))
     return done
+
+
+def _engine_if_it_ends(src: Pool, dst: Pool) -> list[Way]:
+    """Millions of runs would take a copy engine minutes."""
+    runs = PreparedCopy(_shuffled(src), src.layout, dst.layout, None).run_count
+    return [Way.ENGINE] if runs <= MOST_RUNS_TIMED else []
 
 
 def time_blocks(machine: Machine, shape: PoolShape, say: Callable[[str], None]) -> list[Timed]:
@@ -261,10 +269,8 @@ def _timed(
     way: Way | None,
     most_blocks: int | None = None,
 ) -> Timed:
-    """All pages, in another order on each side, so that no two runs follow one another."""
-    pages = src.shape.pages
-    order = random.Random(1).sample(range(pages), pages)
-    plan = CopyPlan.of_pages(range(pages), order, page_size=src.shape.page_size)
+    order = _another_order(src.shape.pages)
+    plan = _shuffled(src)
 
     def copy() -> int:
         return machine.mover.copy(plan, src.layout, dst.layout, way=way, most_blocks=most_blocks)
@@ -281,6 +287,16 @@ def _timed(
         for plane, layer in product(range(src.planes), range(src.shape.layers))
     )
     return Timed(what, moved / seconds / 1e9, baseline, right)
+
+
+def _shuffled(src: Pool) -> CopyPlan:
+    """All pages, in another order on each side, so that hardly any runs follow one another."""
+    pages = src.shape.pages
+    return CopyPlan.of_pages(range(pages), _another_order(pages), page_size=src.shape.page_size)
+
+
+def _another_order(pages: int) -> list[int]:
+    return random.Random(1).sample(range(pages), pages)
 
 
 def _plain(machine: Machine, src: Pool, dst: Pool) -> float:

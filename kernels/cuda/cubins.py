@@ -36,7 +36,7 @@ class Cubins:
         return self._directory / f"copy-{arch}-{compiler}-{sources.digest()}.cubin"
 
     def find(self, arch: str, compiler: str) -> bytes | None:
-        """The cubin of one compiler, or, by `*` in its name, of the newest such; None if there is none."""
+        """The cubin of one compiler, or, by `*` in its name, one of such compilers; None: there is none."""
         paths = self._directory.glob(self.path(arch, compiler).name)
         for path in sorted(paths, reverse=True):
             cubin = _read(path)

@@ -237,6 +237,15 @@ def test_without_either_compiler_both_are_named(
         build.cubin_for("sm_90", tmp_path)
 
 
+def test_bindings_without_nvrtc_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_no_library() -> None:
+        raise RuntimeError("Failed to dlopen libnvrtc.so.13")
+
+    monkeypatch.setattr("cuda.bindings.nvrtc.nvrtcVersion", find_no_library)
+    with pytest.raises(CudaUnavailableError, match=r"pip install nvidia-cuda-nvrtc .*libnvrtc"):
+        Nvrtc()
+
+
 def test_nvcc_that_is_none_is_said(tmp_path: Path) -> None:
     with pytest.raises(CudaUnavailableError, match="nothing here"):
         Nvcc(tmp_path / "nothing here")
