@@ -58,7 +58,7 @@ class Measured:
     src: str
     dst: str
     threads: int
-    run: int  # bytes that are contiguous on both sides, before they are cut for threads
+    run: int  # bytes that are contiguous on both sides; long ones as they are cut for threads
     ours: list[float]
     memcpy: list[float]
     torch: list[float]

@@ -1,6 +1,6 @@
 // Numbers of 16 bits and of 8 (e4m3: Micikevicius et al., 2022, "FP8 formats for deep learning"; no
 // infinities, 448 the largest), by integer arithmetic alone, so that a CPU and a GPU agree bit by
-// bit.
+// bit on what is finite.
 #pragma once
 
 #include "copy_body.hpp"

@@ -6,7 +6,6 @@ date. It begins with a digest of the rest: one that is damaged is as good as non
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -57,10 +56,8 @@ class Cubins:
             with os.fdopen(handle, "wb") as file:
                 file.write(MAGIC + hashlib.sha256(cubin).digest() + cubin)
             Path(temporary).replace(path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                Path(temporary).unlink()
-            raise
+        finally:
+            Path(temporary).unlink(missing_ok=True)  # it is gone once it has its name
         return path
 
 

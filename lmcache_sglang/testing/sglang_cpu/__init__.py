@@ -9,7 +9,7 @@ SGLang's own variable; where it is not 1, nothing here is imported and nothing i
     what SGLang misses                  what stands in
     torchvision, sgl_kernel             `finder`: importable, not callable; for every process of the
                                         environment, through one .pth line written by `install`
-    the copies of sgl_kernel.kvcacheio  `transfer`: the same in torch
+    the copies of sgl_kernel.kvcacheio  `transfer`: by this project's kernels
     attention of new tokens only        `attention`: stock computes the cached ones again, and reads
                                         layers with a sliding window from other layers' slots
     latent attention (MLA)              `latent_attention`: stock fails on its head sizes
