@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.hybrid_cache import linker_pool_assembler as assembler
+from sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler import _swa_layer_mappings
 from sglang.srt.mem_cache.hybrid_cache.linker_pool_assembler import (
     DevicePoolEntry,
     DevicePoolGroup,
@@ -31,6 +32,7 @@ from sglang.srt.mem_cache.memory_pool import (
     MHATokenToKVPool,
     MLATokenToKVPool,
 )
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from .device_pages import DevicePages, Run
 from .pools import BY_TOKEN, HostPool, Sharding, describe
@@ -95,6 +97,8 @@ def pool_group(params: Any, components: set[Any]) -> DevicePoolGroup:
         return DevicePoolGroup([_kv_entry(kv, dict(enumerate(layers)), size)], len(layers), size)
     if type(kv) is HybridLinearKVPool and type(kv.full_kv_pool) is MHATokenToKVPool:
         return _heads_beside_states(kv, params, size)
+    if type(kv) is SWAKVPool:
+        return _heads_beside_windows(kv, size)
     return resolve_hybrid_device_pool_group(
         kvcache=kv, page_size=size, params=params, components=components
     )
@@ -120,6 +124,16 @@ def _kv_entry(pool: Any, layers: Mapping[int, int], page_size: int) -> DevicePoo
         page_size=page_size,
         rows_are_pages=False,
     )
+
+
+def _heads_beside_windows(kv: Any, page_size: int) -> DevicePoolGroup:
+    """SGLang's assembler takes a window's pool beside recurrent states only."""
+    full, window = _swa_layer_mappings(kv)
+    entries = [
+        _kv_entry(kv.full_kv_pool, full, page_size),
+        assembler._mha_device_pool_entry(PoolName.SWA, kv.swa_kv_pool, window, page_size),
+    ]
+    return DevicePoolGroup(entries, max(*full, *window) + 1, page_size)
 
 
 def _heads_beside_states(kv: Any, params: Any, page_size: int) -> DevicePoolGroup:

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 BATCH_BYTES = 16 << 20  # read at once, after which a fetch looks whether it was given up
 BATCH_PAGES = 128
 TIDY_SECONDS = 15.0
+ENDS = 4  # places where a prefix may end whose windows are read, so that ranks find one that all have
 LOOK_EVERY_SECONDS = 1.0  # for what engines of other topologies store
 
 
@@ -102,6 +103,7 @@ class Fetching:
         recompute: says how much is worth reading; None: all.
         look_around: takes note of what other topologies store.
         tidy: called now and then.
+        alone: there is no other rank to agree with.
     """
 
     def __init__(
@@ -112,7 +114,10 @@ class Fetching:
         recompute: Recompute | None,
         look_around: Callable[[], None],
         tidy: Callable[[], None],
+        *,
+        alone: bool,
     ) -> None:
+        self._ends = 1 if alone else ENDS
         self._chain = chain
         self._pools = pools
         self._windowed = windowed
@@ -166,10 +171,11 @@ class Fetching:
         for name in self._pools:
             if name not in self._windowed and pages:
                 pages = self._bring(fetch, name, standings[name], raw, range(pages))
-        pages = max((prefix for prefix in prefixes if prefix <= pages), default=0)
-        for name in self._windowed if pages else ():
-            window = range(max(0, pages - fetch.windows.get(name, 1)), pages)
-            self._bring(fetch, name, standings[name], raw, window)
+        ends = [prefix for prefix in prefixes if prefix <= pages][-self._ends :]
+        for name in self._windowed:
+            for end in reversed(ends):
+                window = range(max(0, end - fetch.windows.get(name, 1)), end)
+                self._bring(fetch, name, standings[name], raw, window)
 
     def _here(
         self, fetch: Fetch, standings: Mapping[str, Standing], raw: list[bytes]

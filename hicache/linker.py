@@ -125,7 +125,13 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
         recompute = None if opened.restores_always else Recompute()
         pools = {pool.name: (pool, self._landings[pool.name]) for pool in self._stored.values()}
         self._fetching = Fetching(
-            self._chain, pools, windowed, recompute, self._look_around, self._tidy
+            self._chain,
+            pools,
+            windowed,
+            recompute,
+            self._look_around,
+            self._tidy,
+            alone=alone,
         )
         self._promises = Promises(
             self._landings, windowed, self._fetching.submit, self._patience, alone=alone
