@@ -33,7 +33,9 @@ logger = logging.getLogger(__name__)
 BATCH_BYTES = 16 << 20  # read at once, after which a fetch looks whether it was given up
 BATCH_PAGES = 128
 TIDY_SECONDS = 15.0
-ENDS = 4  # places where a prefix may end whose windows are read, so that ranks find one that all have
+ENDS = (
+    4  # places where a prefix may end whose windows are read, so that ranks find one that all have
+)
 LOOK_EVERY_SECONDS = 1.0  # for what engines of other topologies store
 
 
