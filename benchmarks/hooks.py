@@ -94,7 +94,9 @@ def of_each_call_of_the_linker(pages: int = DIRECT_PAGES) -> dict[str, float]:
     room = landing.take(pages)
     keys = [page_hash.encode()[:48] for page_hash in hashes[:pages]]
     landing.let_go(landing.came(room, hashes[:pages], keys, [True] * pages))
-    promises = Promises({"kv": landing}, (), lambda _: None, Patience(), alone=True)
+    promises = Promises(
+        {"kv": landing}, (), lambda _: None, Patience(), alone=True, hangs=lambda: False
+    )
     linker = _linker(landing, promises)
     calls = {
         "a lookup, all landed": lambda: linker.lookup("landed", _transfers(hashes[:pages])),

@@ -90,7 +90,7 @@ def pool_group(params: Any, components: set[Any]) -> DevicePoolGroup:
         NotImplementedError: of this model it cannot.
         ValueError: SGLang's own refusal.
     """
-    _refuse_drafts(params)
+    _refuse(params)
     kv, size = params.token_to_kv_pool_allocator.get_kvcache(), params.page_size
     if len(components) == 1 and type(kv) in (MHATokenToKVPool, MLATokenToKVPool):
         layers = range(len(_buffers(kv)))
@@ -104,11 +104,17 @@ def pool_group(params: Any, components: set[Any]) -> DevicePoolGroup:
     )
 
 
-def _refuse_drafts(params: Any) -> None:
+def _refuse(params: Any) -> None:
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel, ways = get_parallel(), "take direct out, or serve without"
     if params.mtp_draft_device_pools or params.sidecar_draft_device_pools:
         raise NotImplementedError(
-            "lmcache: the direct path does not carry the KV of a draft model; take direct out, or serve "
-            "without speculative decoding"
+            f"lmcache: the direct path does not carry the KV of a draft model; {ways} speculative decoding"
+        )
+    if parallel.pp_size > 1 or parallel.attn_dcp_size > 1:
+        raise NotImplementedError(
+            f"lmcache: the direct path does not go with --pp-size and --dcp-size; {ways} them"
         )
 
 

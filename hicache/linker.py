@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -117,6 +118,7 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
             self._chain.close()
             raise
         self._namespaces = Namespaces(self._chain.directories)
+        self._naming = Lock()  # held where a pool's standing changes
         self._look_again = float("-inf")
         self._queued: dict[str, list[Part]] = {}
         self._before = ("", 0)
@@ -134,12 +136,23 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
             alone=alone,
         )
         self._promises = Promises(
-            self._landings, windowed, self._fetching.submit, self._patience, alone=alone
+            self._landings,
+            windowed,
+            self._fetching.submit,
+            self._patience,
+            alone=alone,
+            hangs=self._chain.hangs,
         )
         self._loading = Loading(self._group.num_layers, self._tell_of_damage)
-        self._offloading = Offloading(self._chain)
+        self._offloading = Offloading(self._chain, self._may_wait())
         self._is_closed = False
         self._announce()
+
+    def _may_wait(self) -> int:
+        """Bytes of offloads; SGLang keeps their nodes on the device until they are done. The same on all ranks."""
+        buffers = [buffer for pool in self.pools.values() for buffer in pool.kv_buffer]
+        device = sum(buffer.nbytes for buffer in buffers)
+        return min(offloading.WAITING_BYTES, int(device * offloading.DEVICE_SHARE))
 
     def _announce(self) -> None:
         for pool in self._stored.values():
@@ -161,8 +174,10 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
         if now < self._look_again or not self._model.lasting:
             return
         self._look_again = now + LOOK_EVERY_SECONDS
-        if self._namespaces.refreshed():
-            kinds = self._namespaces.kinds()
+        if not self._namespaces.refreshed():
+            return
+        kinds = self._namespaces.kinds()
+        with self._naming:
             for pool in self._stored.values():
                 pool.look_around(kinds)
 
@@ -177,8 +192,9 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
         """Neither find nor leave anything under the name of the weights that were."""
         settings = self._model.settings | {"weights": weights.epoch()}
         self._model = msgspec.structs.replace(self._model, settings=settings)
-        for pool in self._stored.values():
-            pool.belongs_to(self._model)
+        with self._naming:
+            for pool in self._stored.values():
+                pool.belongs_to(self._model)
         for landing in self._landings.values():
             landing.empty()
 
@@ -275,11 +291,6 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
         for landing in self._landings.values():
             landing.empty()
         weights.emptied()
-
-    def clear(self) -> None:
-        """Forget the pages of this model and rank in every tier; nobody else's. Raises: TierError: some are left."""
-        for pool in self._stored.values():
-            self._chain.clear(pool.namespace)
 
     def close(self) -> None:
         """End the threads, write what is on its way to the disk, and let go of the store. Idempotent."""

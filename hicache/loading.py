@@ -106,9 +106,9 @@ class Loading:
     def _serve(self) -> None:
         stream = None
         while (batch := self._queue.get()) is not None:
-            stream = stream or _own_stream(batch.parts)
             whole = False
             try:
+                stream = stream or _own_stream(batch.parts)
                 with device_module.stream(stream) if stream else nullcontext():
                     whole = self._load(batch, stream)
             except Exception as error:

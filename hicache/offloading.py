@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .device_pools import DevicePool
 
 WAITING_BYTES = 1 << 30  # of pages that are taken and not yet done with; one offer may be larger
+DEVICE_SHARE = 0.25  # and no more of the device's own memory
 STAGE_BYTES = 32 << 20
 
 
@@ -64,7 +65,7 @@ class Offloading:
         most: bytes that may wait.
     """
 
-    def __init__(self, chain: Chain, most: int = WAITING_BYTES) -> None:
+    def __init__(self, chain: Chain, most: int) -> None:
         self._chain = chain
         self._most = most
         self._sizes: deque[int] = deque()  # of the offers without a taken result

@@ -68,6 +68,7 @@ class Promises:
         windowed: those pools of which a prefix needs only its last pages.
         fetch: begins a fetch in another thread.
         patience: how long a request waits for one.
+        hangs: whether a call to a tier has not come back in time; the fetching thread may be in it.
         alone: no other rank must stop at the same page, so only the longest prefix need be told.
     """
 
@@ -79,6 +80,7 @@ class Promises:
         patience: Patience,
         *,
         alone: bool,
+        hangs: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._landings = landings
@@ -86,6 +88,7 @@ class Promises:
         self._fetch = fetch
         self._patience = patience
         self._alone = alone
+        self._hangs = hangs
         self._clock = clock
         self._lock = Lock()  # where requests come and go; around nothing that takes long
         self._requests: dict[str, _Request] = {}
@@ -142,7 +145,7 @@ class Promises:
     ) -> Fetch | None:
         """A new one, unless these pages were asked for already."""
         known = request.fetch
-        if known is not None and known.asked_for(hashes[0]):
+        if (known is not None and known.asked_for(hashes[0])) or self._hangs():
             return None
         if known is not None:
             known.give_up()
@@ -160,7 +163,8 @@ class Promises:
             request.waits_since = now
         waited = now - request.waits_since
         request.seen = now
-        if not self._patience.is_spent(waited, len(request.fetch.hashes)):
+        is_spent = self._patience.is_spent(waited, len(request.fetch.hashes))
+        if not is_spent and not self._hangs():
             return False
         request.fetch.give_up()
         return True

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +42,7 @@ class Bench:
         self.tier = FaultyTier(MemoryTier(1 << 20))
         self.chain = Chain(self.tier)
         self.now = 0.0
+        self.hangs = False
         self.names = ["kv", "swa"] if windowed else ["kv"]
         self.landings = {name: Landing(room, SIZE) for name in self.names}
         self.pools = {name: self._pool(name) for name in self.names}
@@ -59,6 +62,7 @@ class Bench:
             self._fetch,
             patience or Patience("wait_complete"),
             alone=alone,
+            hangs=lambda: self.hangs,
             clock=lambda: self.now,
         )
 
@@ -261,3 +265,43 @@ def test_a_request_with_few_pages_is_not_looked_up(made: list[Bench]) -> None:
     test.ask(pages=3)
     assert test.fetched == []
     assert test.promises.is_ready("r")
+
+
+def test_behind_a_call_that_hangs_nobody_waits(made: list[Bench]) -> None:
+    test = bench(made)
+    test.promises._fetch = test.fetched.append
+    test.ask("before")
+    assert not test.promises.is_ready("before")
+    test.hangs = True
+    assert test.promises.is_ready("before")
+    assert test.fetched[0].cancel.is_set()
+    test.ask("after")
+    assert len(test.fetched) == 1
+    assert test.promises.is_ready("after")
+
+
+def test_requests_that_come_and_go_while_pages_land_leave_no_lease(made: list[Bench]) -> None:
+    """Two threads ask and end, in less room than they want; what is promised is always what was stored."""
+    test = bench(made, room=5)
+    test.store(range(12))
+
+    def serve(number: int) -> int:
+        promised = 0
+        for turn in range(60):
+            rid, pages = f"{number} {turn}", 3 + (turn + number) % 9
+            test.ask(rid, pages=pages)
+            while not test.promises.is_ready(rid):
+                time.sleep(0)
+            for there in test.ask(rid, pages=pages):
+                lease = test.landings["kv"].hold(PAGES[:there], prefix=True)
+                landed = test.landings["kv"].records[torch.from_numpy(lease.slots)]
+                assert landed.tolist() == [[page] * SIZE for page in range(there)]
+                test.landings["kv"].let_go(lease)
+                promised += there
+            test.promises.end(rid)
+        return promised
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(list(threads.map(serve, range(2))))
+    test.settle()
+    assert test.leased == 0
