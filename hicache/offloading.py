@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .device_pools import DevicePool
 
 WAITING_BYTES = 1 << 30  # of pages that are taken and not yet done with; one offer may be larger
-DEVICE_SHARE = 0.25  # and no more of the device's own memory
+DEVICE_SHARE = 0.5  # and no more of the device's own memory, whose nodes SGLang keeps meanwhile
 STAGE_BYTES = 32 << 20
 
 
