@@ -27,6 +27,7 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
+from ..errors import TierError
 from . import engine, offloading, sources, weights
 from .device_pools import DevicePool, pool_group, ranks
 from .fetching import LOOK_EVERY_SECONDS, Fetching
@@ -287,10 +288,30 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
             self.cancel_queued_load(rid)
         self._loading.settle()
         self._offloading.settle()
+        self._unland()
+        weights.emptied()
+
+    def _unland(self) -> None:
+        """Between two passes of the scheduler: what is promised in one is loaded in it."""
         self._promises.end_all()
         for landing in self._landings.values():
             landing.empty()
-        weights.emptied()
+
+    def clear(self) -> bool:
+        """Forget the pages of this model, layout and shard, in every tier, and nobody else's; whether all are gone."""
+        self._unland()
+        is_clear = True
+        for pool in self._stored.values():
+            try:
+                removed = self._chain.clear(pool.namespace)
+            except TierError as error:
+                logger.error(
+                    "lmcache: pool %s is not cleared (%s). Clear it again", pool.name, error
+                )
+                is_clear = False
+                continue
+            logger.info("lmcache: pool %s: cleared %d pages", pool.name, removed)
+        return is_clear
 
     def close(self) -> None:
         """End the threads, write what is on its way to the disk, and let go of the store. Idempotent."""

@@ -36,6 +36,7 @@ and for `{"direct": true}` and SGLang's own flags for its external linker (hicac
     UnifiedRadixCache.check_prefetch_progress       prefetches make it wait
     UnifiedCacheLinkerWrapper.release_request       what was promised to a request that ends is free again
     UnifiedCacheLinkerWrapper._offload_node         which pages come before those that are stored
+    Scheduler.clear_hicache_storage_wrapped         the admin route that clears the store
 
 The name stays `lmcache` everywhere, in SGLang's logs and metrics too. (The other way, rewriting the flag
 to `dynamic`, loses it, and does not reach the admin route that attaches a backend at run time.)
@@ -111,6 +112,7 @@ _ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _ARRIVED = f"{_SCHEDULER}._prefetch_kvcache"
 _ADMIT = f"{_SCHEDULER}._get_new_batch_prefill_raw"
+_CLEAR = f"{_SCHEDULER}.clear_hicache_storage_wrapped"
 _PROGRESS = f"{_TREE}.check_prefetch_progress"
 _WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper"
 _RELEASE = f"{_WRAPPER}.release_request"
@@ -171,6 +173,7 @@ SEAMS = (
     _PREFETCHED,
     _ARRIVED,
     _ADMIT,
+    _CLEAR,
     _PROGRESS,
     _RELEASE,
     _OFFLOAD,
@@ -236,6 +239,7 @@ def activate() -> None:
     opening.opens(open_direct)
     HookRegistry.register(_ARRIVED, _ask_at_once, HookType.AROUND)
     HookRegistry.register(_ADMIT, _hold_up, HookType.AROUND)
+    HookRegistry.register(_CLEAR, _clear_directly, HookType.AROUND)
     HookRegistry.register(_PROGRESS, _has_landed, HookType.AROUND)
     HookRegistry.register(_RELEASE, _end_promise, HookType.AFTER)
     HookRegistry.register(_OFFLOAD, _tell_what_comes_before, HookType.BEFORE)
@@ -778,6 +782,15 @@ def _has_landed(
     ready = torch.tensor([linker.is_ready(request.rid)], dtype=torch.int)
     cache._all_reduce_attn_groups(ready, torch.distributed.ReduceOp.MIN)
     return bool(ready.item())
+
+
+def _clear_directly(original: Callable[..., Any], scheduler: Any, *rest: Any, **named: Any) -> Any:
+    linker = _linker_of(scheduler.tree_cache)
+    if linker is None:
+        return original(scheduler, *rest, **named)
+    from sglang.srt.managers.io_struct import ClearHiCacheReqOutput
+
+    return ClearHiCacheReqOutput(success=linker.clear())
 
 
 @harmless

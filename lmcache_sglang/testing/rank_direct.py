@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import Reason, TierError
+from ..hicache import weights
 from .rank_content import scribble
 from .rank_tree import RankTree, _admit, _key
 
@@ -152,6 +153,16 @@ class DirectTree(RankTree):
     def reset(self) -> None:
         """As `/flush_cache` does."""
         self.cache.reset()
+
+    def replace_weights(self) -> None:
+        """As an update over the API does, with the flush after it."""
+        weights.replaced()
+        weights.replaced()
+        self.cache.reset()
+
+    def clear(self) -> bool:
+        """As the admin route does."""
+        return bool(self.linker.clear())
 
     def count_leases(self) -> int:
         return self._leases()

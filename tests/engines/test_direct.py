@@ -171,6 +171,20 @@ def test_a_load_that_fails_after_it_was_promised_is_aborted_and_the_engine_goes_
     assert warm.get("/health_generate") is not None
 
 
+def test_clear_forgets_the_store(model: Path, folder: Path) -> None:
+    setup = Setup(folder / "cleared", args=SMALL, direct=True)
+    with server(model, setup, folder / "cleared.log") as engine:
+        before = ask(engine, FIRST)
+        flush(engine)
+        assert loaded(ask(engine, FIRST), FIRST)
+        engine.post("/hicache/storage-backend/clear")
+        assert pages_on_disk(setup) == 0
+        flush(engine)
+        after = ask(engine, FIRST)
+    assert computed(after)
+    assert after.tokens == before.tokens
+
+
 def test_a_restart_restores_within_sglangs_own_patience(
     model: Path, folder: Path, setup: Setup, cold: dict[str, Answer]
 ) -> None:

@@ -6,6 +6,7 @@ it is inserted, evicted, and must come back from the store bit by bit, to both o
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -188,6 +189,54 @@ def test_a_load_of_damaged_memory_fails_on_all_ranks_and_what_is_stored_is_loade
         assert ranks.only(1, "faults") == {"landing.corrupt": 1}
         assert ranks.only(0, "faults") == {}
         assert ranks.call("restore", tokens) == whole(family, PAGES)
+
+
+def test_replaced_weights_find_nothing_of_the_old_ones_and_leave_nothing_to_others(
+    nursery: Nursery, direct: Store
+) -> None:
+    family = Family("mha", 16, ranks=2)
+    tokens, others = prompt(family), prompt(family, first=9000)
+    with nursery.ranks(family, direct) as ranks:
+        stored_only(ranks, family)
+        assert ranks.call("prefetch", tokens) == [PAGES * 16] * 2  # has landed, too
+        ranks.call("replace_weights")
+        assert ranks.call("prefetch", tokens) == [0, 0]
+        ranks.call("write", others)
+        ranks.call("forget")
+        assert ranks.call("restore", others) == whole(family, PAGES)
+    with nursery.ranks(family, direct) as anew:
+        assert anew.call("prefetch", others) == [0, 0]
+        assert anew.call("restore", tokens) == whole(family, PAGES)
+
+
+def test_a_clear_forgets_what_is_stored_and_what_has_landed(
+    nursery: Nursery, direct: Store
+) -> None:
+    family = Family("swa", 16, ranks=2)
+    tokens = prompt(family)
+    with nursery.ranks(family, direct) as ranks:
+        stored_only(ranks, family)
+        assert ranks.call("prefetch", tokens) == [PAGES * 16] * 2
+        assert ranks.call("clear") == [True, True]
+        for pool in POOLS["swa"]:
+            assert ranks.call("stored", pool, tokens) == [[False] * PAGES] * 2
+        assert ranks.call("prefetch", tokens) == [0, 0]
+        converse(ranks, family)
+        ranks.call("forget")
+        assert ranks.call("restore", tokens) == whole(family, PAGES)
+
+
+def test_a_linker_that_is_closed_twice_has_written_everything(
+    nursery: Nursery, direct: Store
+) -> None:
+    family = Family("swa", 16)
+    with nursery.ranks(family, direct) as ranks:
+        converse(ranks, family)
+        ranks.call("close")
+        # and once more at the end of the block
+    shutil.rmtree(direct["cpu"]["path"])
+    with nursery.ranks(family, direct) as anew:
+        assert anew.call("restore", prompt(family)) == whole(family, PAGES)
 
 
 # --- leases ---
