@@ -121,6 +121,7 @@ def _linker(landing: Landing, promises: Promises) -> Any:
     linker._promises = promises
     linker._queued = {}
     linker._before = ("", 0)
+    linker._with_windows = frozenset()
     offloading = Offloading.__new__(Offloading)
     offloading._sizes, offloading._waiting, offloading._most = deque(), 0, 1 << 60
     offloading._queue, offloading._results = Queue(), SimpleQueue()

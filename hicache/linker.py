@@ -125,6 +125,7 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
         self._before = ("", 0)
         sources_of = self._group.sources
         windowed = frozenset(n.value for n in self._stored if sources_of[n] in _WINDOWED)
+        self._with_windows = frozenset(sources_of.values()) & _WINDOWED
         recompute = None if opened.restores_always else Recompute()
         pools = {pool.name: (pool, self._landings[pool.name]) for pool in self._stored.values()}
         self._fetching = Fetching(
@@ -274,7 +275,12 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
             for each in self._group.resolve_transfers(transfers, allow_partial=True)
             for pool in (self._stored[each.name],)
         ]
-        return bool(parts) and self._offloading.offer(parts, self.record_offload_ready())
+        # SGLang takes a node for stored once for all pools, and a window or a state may come to it later: at the end
+        # of a stem that several prompts share. So a node without one is offered again when it is next used.
+        is_whole = self._with_windows <= {each.name for each in transfers}
+        return bool(parts) and self._offloading.offer(
+            parts, self.record_offload_ready(), is_whole=is_whole
+        )
 
     def num_completed_offloads(self) -> int:
         return self._offloading.done()

@@ -55,7 +55,11 @@ class Part:
         return len(self.page_hashes) * self.pool.page_bytes
 
 
-Offer = tuple[Sequence[Part], Sequence[Any]]
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    parts: Sequence[Part]
+    ready: Sequence[Any]
+    is_whole: bool
 
 
 class Offloading:
@@ -70,19 +74,24 @@ class Offloading:
         self._most = most
         self._sizes: deque[int] = deque()  # of the offers without a taken result
         self._waiting = 0
-        self._queue: Queue[Offer | None] = Queue()
+        self._queue: Queue[_Offer | None] = Queue()
         self._results: SimpleQueue[bool] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="lmcache-offload", daemon=True)
         self._thread.start()
 
-    def offer(self, parts: Sequence[Part], ready: Sequence[Any]) -> bool:
-        """Take pages, unless too much waits. Args: ready: events after which they can be read."""
+    def offer(self, parts: Sequence[Part], ready: Sequence[Any], *, is_whole: bool = True) -> bool:
+        """Take pages, unless too much waits.
+
+        Args:
+            ready: events after which they can be read.
+            is_whole: there is something of each pool; else the result is a no, whatever is stored.
+        """
         size = sum(part.bytes for part in parts)
         if self._waiting and self._waiting + size > self._most:
             return False
         self._waiting += size
         self._sizes.append(size)
-        self._queue.put((parts, ready))
+        self._queue.put(_Offer(parts, ready, is_whole))
         return True
 
     def done(self) -> int:
@@ -112,17 +121,17 @@ class Offloading:
     def _serve(self) -> None:
         stage = _Stage()
         while (offer := self._queue.get()) is not None:
-            kept = self._store_all(stage, *offer)
+            kept = self._store_all(stage, offer)
             self._results.put(bool(kept))
             self._queue.task_done()
         self._queue.task_done()
 
     @harmless
-    def _store_all(self, stage: _Stage, parts: Sequence[Part], ready: Sequence[Any]) -> bool:
-        for event in ready:
+    def _store_all(self, stage: _Stage, offer: _Offer) -> bool:
+        for event in offer.ready:
             event.synchronize()
         # The KV last: a prefix is one only where its window, or its state, is there too.
-        return all(self._store(stage, part) for part in reversed(parts))
+        return all(self._store(stage, part) for part in reversed(offer.parts)) and offer.is_whole
 
     def _store(self, stage: _Stage, part: Part) -> bool:
         """Whether every page is stored now."""

@@ -155,6 +155,12 @@ def test_a_batch_larger_than_the_stage_is_stored_in_parts(
     assert all(test.chain.exists(test.keys(range(8))))
 
 
+def test_a_node_that_lacks_a_pool_is_stored_and_wanted_again(test: Bench) -> None:
+    assert test.offloading.offer([test.part(range(3))], [], is_whole=False)
+    assert test.results(1) == [False]
+    assert all(test.chain.exists(test.keys(range(3))))
+
+
 def test_a_mistake_of_ours_costs_the_pages_and_not_the_thread(test: Bench) -> None:
     broken = Part(test.pool, NAMESPACE, ["no hash"], torch.arange(SPAN))
     assert test.offloading.offer([broken], [])
