@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ from lmcache_sglang.testing.families_workload import (
 from lmcache_sglang.testing.server import ServerFailed, ServerRefused, SGLangServer
 from lmcache_sglang.testing.spoiling import Spoiling
 from lmcache_sglang.testing.tiny_families import make_tiny
+from lmcache_sglang.testing.trace import make_trace, reachable, tokens
 
 FIRST = prompt(1)
+CLIENTS = 6
 SALTED: dict[str, Any] = {"cache_salt": "tenant-a"}
 SMALL = ("--max-total-tokens", "1024")
 LAYOUT = (
@@ -82,9 +85,9 @@ def warm(
         yield engine
 
 
-def loaded(answer: Answer, tokens: Sequence[int], page_size: int = PAGE_SIZE) -> bool:
+def loaded(answer: Answer, asked: Sequence[int], page_size: int = PAGE_SIZE) -> bool:
     """Whether all of a prompt came from the store, as far as it can, and nothing from elsewhere."""
-    return (answer.device, answer.host, answer.storage) == (0, whole_pages(tokens, page_size), 0)
+    return (answer.device, answer.host, answer.storage) == (0, whole_pages(asked, page_size), 0)
 
 
 def computed(answer: Answer) -> bool:
@@ -245,6 +248,41 @@ def test_two_ranks_restore_each_its_own_part(model: Path, folder: Path) -> None:
         after = ask(engine, FIRST)
     assert loaded(after, FIRST)
     assert after.tokens == before.tokens
+
+
+def test_conversations_at_once_get_the_tokens_of_an_engine_without_a_store(
+    model: Path, folder: Path
+) -> None:
+    """More than the device holds, in chunks, each again and again; then after a restart."""
+    chats = [blocks[1:] for blocks in make_trace(conversations=12, turns=4, first=10, grows=4)]
+    prompts = [tokens(blocks, PAGE_SIZE) for blocks in chats]
+    possible = sum(reachable(chats)) * PAGE_SIZE
+    chunks = ("--max-total-tokens", "2048", "--chunked-prefill-size", "128")
+    setup = Setup(
+        folder / "chats", args=chunks, sglang={"prefetch_threshold": PAGE_SIZE}, direct=True
+    )
+    none = Setup(folder / "none", flag=False, args=("--max-total-tokens", "16384"))
+    with server(model, none, folder / "without.log") as engine:
+        right = [answer.tokens for answer in at_once(engine, prompts)]
+    with server(model, setup, folder / "chats cold.log") as engine:
+        cold = at_once(engine, prompts)
+        log = engine.log
+    setup.forget_memory()
+    with server(model, setup, folder / "chats warm.log") as engine:
+        warm = at_once(engine, prompts)
+        log += engine.log
+    assert [answer.tokens for answer in cold] == right
+    assert [answer.tokens for answer in warm] == right
+    assert sum(answer.host for answer in cold) > 0
+    assert sum(answer.device + answer.host for answer in warm) > possible
+    assert "Traceback" not in log
+
+
+def at_once(engine: SGLangServer, prompts: list[list[int]]) -> list[Answer]:
+    short = {"sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}}
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        asked = [clients.submit(ask, engine, each, **short) for each in prompts]
+        return [each.result() for each in asked]
 
 
 @pytest.mark.parametrize("name", ["mha", "swa", "mla", "mamba", "conv"])
