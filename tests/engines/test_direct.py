@@ -279,7 +279,9 @@ def test_conversations_at_once_get_the_tokens_of_an_engine_without_a_store(
 
 
 def at_once(engine: SGLangServer, prompts: list[list[int]]) -> list[Answer]:
-    short = {"sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}}
+    short: dict[str, Any] = {
+        "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    }
     with ThreadPoolExecutor(CLIENTS) as clients:
         asked = [clients.submit(ask, engine, each, **short) for each in prompts]
         return [each.result() for each in asked]
