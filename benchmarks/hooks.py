@@ -2,8 +2,9 @@
 
     SGLANG_USE_CPU_ENGINE=1 python -m benchmarks.hooks
 
-Each is called as SGLang calls it, with nothing of SGLang's own work behind it. The last one is a page's part of a
-prefix of 250,000 tokens, of which listeners to KV events are told.
+Each is called as SGLang calls it, with nothing of SGLang's own work behind it. The last one of the hooks is a page's
+part of a prefix of 250,000 tokens, of which listeners to KV events are told. Below them are the calls of the direct
+path's linker, for a prefix of so many pages in all.
 """
 
 from __future__ import annotations
@@ -11,11 +12,22 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
+from queue import Queue, SimpleQueue
 from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.hybrid_cache.linker_pool_assembler import DevicePoolGroup
 
 from lmcache_sglang import sglang_plugin as plugin
 from lmcache_sglang.hicache import events, patience
+from lmcache_sglang.hicache.landing import Landing
+from lmcache_sglang.hicache.linker import LMCacheLinker
+from lmcache_sglang.hicache.offloading import Offloading
+from lmcache_sglang.hicache.promises import Patience, Promises
 from lmcache_sglang.hicache.statistics import Statistics
 
 CALLS = 2000
@@ -71,9 +83,68 @@ def a_page_told() -> float:
     return microseconds(tell, calls=11) / PAGES
 
 
+DIRECT_PAGES = 256
+PAGE_BYTES = 512
+
+
+def of_each_call_of_the_linker(pages: int = DIRECT_PAGES) -> dict[str, float]:
+    """By what happens; of a prefix of so many pages, all of them landed but where it says otherwise."""
+    hashes = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(2 * pages)]
+    landing = Landing(2 * pages, PAGE_BYTES)
+    room = landing.take(pages)
+    keys = [page_hash.encode()[:48] for page_hash in hashes[:pages]]
+    landing.let_go(landing.came(room, hashes[:pages], keys, [True] * pages))
+    promises = Promises(
+        {"kv": landing}, (), lambda _: None, Patience(), alone=True, hangs=lambda: False
+    )
+    linker = _linker(landing, promises)
+    calls = {
+        "a lookup, all landed": lambda: linker.lookup("landed", _transfers(hashes[:pages])),
+        "a lookup, none landed": lambda: linker.lookup("waits", _transfers(hashes[pages:])),
+        "is a request ready, its fetch under way": lambda: linker.is_ready("waits"),
+        "a load is queued and cancelled": lambda: _load(linker, hashes[:pages]),
+        "an offload is queued": lambda: linker.offload(_transfers(hashes[:pages])),
+        "is an offload done": linker.num_completed_offloads,
+    }
+    return {what: microseconds(call) for what, call in calls.items()}
+
+
+def _linker(landing: Landing, promises: Promises) -> Any:
+    """One with a pool, whose threads are not there."""
+    linker = LMCacheLinker.__new__(LMCacheLinker)
+    entry = SimpleNamespace(name=PoolName.KV, indices_from_pool=PoolName.KV)
+    entry.translate_indices = lambda indices: indices
+    pool: Any = SimpleNamespace(name="kv", namespace=bytes(16), page_bytes=PAGE_BYTES)
+    linker._group = DevicePoolGroup([entry], 1, PAGE_SIZE)
+    linker._stored = {PoolName.KV: pool}
+    linker._landings = {"kv": landing}
+    linker._promises = promises
+    linker._queued = {}
+    linker._before = ("", 0)
+    linker._with_windows = frozenset()
+    offloading = Offloading.__new__(Offloading)
+    offloading._sizes, offloading._waiting, offloading._most = deque(), 0, 1 << 60
+    offloading._queue, offloading._results = Queue(), SimpleQueue()
+    linker._offloading = offloading
+    return linker
+
+
+def _transfers(hashes: list[str]) -> list[PoolTransfer]:
+    indices = torch.empty(len(hashes) * PAGE_SIZE, dtype=torch.int64)
+    return [PoolTransfer(name=PoolName.KV, keys=hashes, device_indices=indices)]
+
+
+def _load(linker: Any, hashes: list[str]) -> None:
+    linker.load("landed", _transfers(hashes))
+    linker.cancel_queued_load("landed")
+
+
 def main() -> None:
     for what, cost in of_each_hook().items():
         print(f"{cost:6.2f} µs  {what}")
+    for pages in (DIRECT_PAGES, 16 * DIRECT_PAGES):
+        for what, cost in of_each_call_of_the_linker(pages).items():
+            print(f"{cost:6.2f} µs  {what}, {pages} pages")
 
 
 if __name__ == "__main__":

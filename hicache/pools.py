@@ -32,7 +32,7 @@ _PLAIN = ("MHATokenToKVPoolHost", "AsymmetricMHATokenToKVPoolHost", "MLATokenToK
 
 # Orders in which the device holds the rows of a page token by token. In any other (heads first, or vectors for AMD's
 # kernels: SGLANG_USE_HND_KVCACHE, SGLANG_AITER_KV_CACHE_LAYOUT) SGLang copies whole pages to the host as they are.
-_BY_TOKEN = ("nhd", "paged_nhd")
+BY_TOKEN = ("nhd", "paged_nhd")
 
 
 class HostPool(Protocol):
@@ -172,16 +172,17 @@ def _shape(pool: HostPool) -> dict[str, str]:
     """What else tells two pools apart; nothing of those whose pages are plain rows of K and V."""
     named = {key: str(getattr(pool, key)) for key in _SHAPE if getattr(pool, key, None) is not None}
     order = _order_on_device(pool)
-    if order not in _BY_TOKEN:
+    if order not in BY_TOKEN:
         named["order"] = order
-    name = type(pool).__name__
+    # A device pool seen as the host pool that SGLang would make of it says which that is (device_pools.py).
+    name = getattr(pool, "stands_for", type(pool).__name__)
     return named if name in _PLAIN else named | {"class": name}
 
 
 def _order_on_device(pool: HostPool) -> str:
     """SGLang's `KVBufferLayout` of a pool of K and V; others have one order only."""
     infos = getattr(pool, "_buffer_infos", None)
-    return str(infos[0].buffers.layout.value) if infos else _BY_TOKEN[0]
+    return str(infos[0].buffers.layout.value) if infos else BY_TOKEN[0]
 
 
 def _first_layer(pool: HostPool) -> int:

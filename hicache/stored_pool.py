@@ -94,41 +94,16 @@ class Standing:
         return self.kind.namespace
 
 
-class StoredPool:
-    """One pool of a rank.
+class Named:
+    """A pool whose pages have a name in the store.
 
     Args:
-        host: SGLang's.
-        name: SGLang's `PoolName`, as text.
-        sharding: SGLang's `HiCacheStorageConfig`.
-        first_page: the indices of any one page.
-        kv_heads: of the whole model; 0 where it is not known.
-
-    Raises:
-        NotImplementedError: it says neither where its pages lie nor what they hold.
+        identity: of its pages.
     """
 
-    def __init__(
-        self,
-        host: HostPool,
-        name: str,
-        sharding: Sharding,
-        first_page: torch.Tensor,
-        kv_heads: int = 0,
-    ) -> None:
-        self.host = host
-        self.name = name
-        self.access, self.page_bytes = _access(host, name, first_page)
-        self.identity: PageIdentity = describe(host, name, sharding, self.page_bytes, kv_heads)
+    def __init__(self, identity: PageIdentity) -> None:
+        self.identity = identity
         self._standing: Standing | None = None
-
-    @property
-    def is_draft(self) -> bool:
-        """Whether a draft model computes it, or a part of each page: layers packed in behind the target's."""
-        layers = getattr(self.host, "layer_num", None)
-        return self.name.startswith("draft") or (
-            getattr(self.host, "target_layer_num", layers) != layers
-        )
 
     def is_of_stage(self, sharding: Sharding) -> None:
         """Its layers do not say which pipeline stage they are of: the stage is named."""
@@ -155,6 +130,42 @@ class StoredPool:
     def namespace(self) -> bytes:
         """Of its own pages, now."""
         return self.standing.namespace
+
+
+class StoredPool(Named):
+    """One host pool of a rank.
+
+    Args:
+        host: SGLang's.
+        name: SGLang's `PoolName`, as text.
+        sharding: SGLang's `HiCacheStorageConfig`.
+        first_page: the indices of any one page.
+        kv_heads: of the whole model; 0 where it is not known.
+
+    Raises:
+        NotImplementedError: it says neither where its pages lie nor what they hold.
+    """
+
+    def __init__(
+        self,
+        host: HostPool,
+        name: str,
+        sharding: Sharding,
+        first_page: torch.Tensor,
+        kv_heads: int = 0,
+    ) -> None:
+        self.host = host
+        self.name = name
+        self.access, self.page_bytes = _access(host, name, first_page)
+        super().__init__(describe(host, name, sharding, self.page_bytes, kv_heads))
+
+    @property
+    def is_draft(self) -> bool:
+        """Whether a draft model computes it, or a part of each page: layers packed in behind the target's."""
+        layers = getattr(self.host, "layer_num", None)
+        return self.name.startswith("draft") or (
+            getattr(self.host, "target_layer_num", layers) != layers
+        )
 
     @property
     def page_size(self) -> int:

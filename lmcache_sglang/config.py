@@ -50,6 +50,8 @@ SGLANG_KEYS = frozenset(
 GIB = 1 << 30
 CPU_MOST = 8 * GIB  # of an automatic size
 DISK_MOST = 100 * GIB
+LANDING_MOST = 4 * GIB  # of an automatic size
+LANDING_SHARE = 0.05  # of the memory this process may use
 CGROUPS = Path("/sys/fs/cgroup")
 CPU_SHARE = 0.1  # of the memory this process may use
 DISK_SHARE = 0.25  # of what the file system has free beside the store
@@ -169,6 +171,30 @@ class DiskConfig(_Section):
         return max(own, min(DISK_MOST, int(DISK_SHARE * (free + own))))
 
 
+def _switched(value: object) -> object:
+    """`true` and `false` for a section that is there or not."""
+    return {"enabled": value} if isinstance(value, bool) else value
+
+
+class DirectConfig(_Section):
+    """The way from the device to the store without SGLang's host pool."""
+
+    enabled: bool = Field(
+        default=True, description="`direct: true` and `direct: false` say it, too."
+    )
+    landing: Size = Field(
+        default="auto",
+        description="Memory of each rank that pages land in before they are loaded; the longest prefix that one "
+        'request can restore: "4GiB", or "auto": a twentieth of the memory, at most 4 GiB.',
+    )
+
+    @property
+    def bytes(self) -> int:
+        if self.landing != "auto":
+            return int(self.landing)
+        return min(LANDING_MOST, int(LANDING_SHARE * memory_limit()))
+
+
 def _room(path: Path, setting: str) -> tuple[int, int]:
     """Bytes that a store there was made with, and bytes that are free beside it."""
     try:
@@ -212,7 +238,7 @@ class Config(_Section):
         "was measured of both.",
     )
     peers: Path | None = Field(default=None, description="The peer-sharing file (a later version).")
-    direct: bool = Field(default=False, description="Restore without SGLang's host tier (later).")
+    direct: Annotated[DirectConfig, BeforeValidator(_switched)] = DirectConfig(enabled=False)
 
     @classmethod
     def load(cls, extra: Mapping[str, Any] | None = None) -> Config:
@@ -259,8 +285,10 @@ class Config(_Section):
             raise ConfigError(
                 "peers", "sharing with peers is not in this version; take the key out"
             )
-        if self.direct:
-            raise ConfigError("direct", "the direct path is not in this version; take the key out")
+        if self.direct.landing == 0:
+            raise ConfigError(
+                "direct.landing", "it is 0: no page could land; give it more, or auto"
+            )
 
     def _require_own_memory(self) -> None:
         memory = self.cpu.directory(self.directory)
@@ -342,7 +370,7 @@ def _explain(error: ValidationError) -> ConfigError:
     key = ".".join(where)
     if first["type"] == "extra_forbidden":
         return ConfigError(key, _unknown(key))
-    if where[-1] == "size":
+    if where[-1] in ("size", "landing"):
         return ConfigError(key, f'{first["input"]!r} is no size; give "64GiB", 0 or "auto"')
     if first["type"] == "model_type":
         return ConfigError(key, f"{first['input']!r} is no mapping; give {{size: 64GiB}}")

@@ -524,8 +524,37 @@ def test_a_value_of_the_wrong_kind_names_its_key(settings: dict[str, Any], key: 
 
 
 @pytest.mark.parametrize(
-    ("settings", "key"), [({"peers": "/peers.yaml"}, "peers"), ({"direct": True}, "direct")]
+    ("given", "enabled"),
+    [(None, False), (False, False), (True, True), ({}, True), ({"landing": "1MiB"}, True)],
 )
+def test_direct_is_a_switch_or_a_section(given: object, enabled: bool) -> None:
+    settings = {} if given is None else {"direct": given}
+    assert Config.of(settings).direct.enabled == enabled
+
+
+def test_an_automatic_landing_is_a_part_of_the_memory_and_a_given_one_is_what_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for memory, landing in ((20 << 30, 1 << 30), (1 << 40, 4 << 30)):
+        monkeypatch.setattr(config_module, "memory_limit", lambda memory=memory: memory)
+        assert Config.of({"direct": True}).direct.bytes == landing
+    assert Config.of({"direct": {"landing": "3MiB"}}).direct.bytes == 3 << 20
+
+
+@pytest.mark.parametrize(
+    ("direct", "key"),
+    [
+        ({"landing": 0}, "direct.landing"),
+        ({"landing": "5%"}, "direct.landing"),
+        ({"landings": "1MiB"}, "direct.landings"),
+        ("yes", "direct"),
+    ],
+)
+def test_a_wrong_direct_names_its_key(direct: object, key: str) -> None:
+    assert refusal({"direct": direct}).setting == key
+
+
+@pytest.mark.parametrize(("settings", "key"), [({"peers": "/peers.yaml"}, "peers")])
 def test_a_setting_of_a_later_version_does_not_pass_silently(
     settings: dict[str, Any], key: str
 ) -> None:

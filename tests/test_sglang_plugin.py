@@ -210,6 +210,140 @@ def test_the_flag_does_not_turn_it_on_where_a_decode_engine_has_it_off(scenario:
 
 
 @needs_sglang
+def test_direct_sets_sglangs_flags_for_an_external_linker(scenario: Scenario) -> None:
+    answer = scenario(
+        """
+        load_plugins()
+        extra = '{"direct": true, "path": "/a/store", "prefetch_threshold": 64}'
+        result = resolve(args(
+            hicache_storage_backend="lmcache", hicache_storage_backend_extra_config=extra,
+        ))["settings"]
+        """
+    )
+    said = answer.result
+    assert said["enable_unified_cache_external_linker"] is True
+    assert said["unified_cache_external_linker_backend"] == "dynamic"
+    assert said["unified_cache_external_linker_config"] == {
+        "linker": "LMCacheLinker",
+        "linker_module_path": "lmcache_sglang.hicache.linker",
+        "linker_extra_config": {"direct": True, "path": "/a/store", "prefetch_threshold": 64},
+    }
+    assert said["hicache_storage_backend"] is None
+    assert said["hicache_storage_backend_extra_config"] is None
+    assert said["enable_hierarchical_cache"] is False
+    assert answer.ours("WARNING", "ERROR") == []
+
+
+@needs_sglang
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("enable_hierarchical_cache", True),
+        ("disable_radix_cache", True),
+        ("radix_cache_backend", "another"),
+        ("enable_lmcache", True),
+        ("enable_unified_cache_external_linker", True),
+        ("disaggregation_mode", "prefill"),
+        ("disaggregation_mode", "decode"),
+        ("pp_size", 2),
+        ("dcp_size", 2),
+    ],
+)
+def test_what_direct_does_not_go_with_is_refused_by_name(
+    field: str, value: object, scenario: Scenario
+) -> None:
+    answer = scenario(
+        f"""
+        load_plugins()
+        seen = SimpleNamespace(
+            hicache_storage_backend="lmcache",
+            hicache_storage_backend_extra_config='{{"direct": true}}',
+            enable_hierarchical_cache=False,
+            disaggregation_mode="null",
+            nnodes=1,
+            **{{{field!r}: {value!r}}} if {field!r} not in ("enable_hierarchical_cache", "disaggregation_mode") else {{}},
+        )
+        setattr(seen, {field!r}, {value!r})
+        try:
+            sglang_plugin._prepare(seen)
+            result = "accepted"
+        except Exception as error:
+            result = str(error)
+        """
+    )
+    flag = f"--{field.replace('_', '-')}"
+    assert answer.result.startswith(f"direct: does not go with {flag}, ")
+    assert "Leave one of them out" in answer.result
+
+
+@needs_sglang
+def test_a_store_attached_at_run_time_cannot_be_direct(scenario: Scenario) -> None:
+    answer = scenario(
+        """
+        load_plugins()
+        try:
+            sglang_plugin.create_backend(SimpleNamespace(extra_config={"direct": True}))
+        except Exception as error:
+            result = str(error)
+        """
+    )
+    assert answer.result.startswith("direct: ")
+    assert "take the key out" in answer.result
+
+
+@needs_sglang
+@pytest.mark.parametrize("linker", ["another.module", "lmcache_sglang.hicache.linker"])
+def test_a_mistake_in_our_linkers_settings_stops_the_parent_and_in_anothers_is_not_ours(
+    linker: str, scenario: Scenario
+) -> None:
+    answer = scenario(
+        f"""
+        load_plugins()
+        result = resolve(args(
+            enable_unified_cache_external_linker=True,
+            unified_cache_external_linker_backend="dynamic",
+            unified_cache_external_linker_config={{
+                "linker": "Any", "linker_module_path": {linker!r}, "linker_extra_config": {{"pth": 1}},
+            }},
+        ))
+        """
+    )
+    refused = "did you mean path?" in answer.result.get("message", "")
+    assert refused == linker.startswith("lmcache")
+
+
+@needs_sglang
+def test_sglang_asks_for_our_pages_where_it_asks_for_its_own_prefetches(scenario: Scenario) -> None:
+    """The gate: its scheduler's own method, with a linker that is not ready at first; and with another's linker."""
+    answer = scenario(
+        """
+        import inspect
+        from sglang.srt.managers.scheduler import Scheduler
+        load_plugins()
+        raw = inspect.unwrap(Scheduler._get_new_batch_prefill_raw)
+        asked = inspect.getsource(raw).count("self.enable_lmcache")
+        gate = "self.enable_hicache_storage or self.enable_lmcache" in inspect.getsource(raw)
+
+        def scheduler(name):
+            linker = SimpleNamespace(name=name)
+            cache = SimpleNamespace(linker=SimpleNamespace(cache_linker=linker))
+            return SimpleNamespace(tree_cache=cache, enable_lmcache=False, waiting_queue=[])
+
+        def flag(seen):
+            return seen.enable_lmcache, None
+
+        ours, theirs = scheduler("lmcache"), scheduler("another")
+        result = [
+            asked, gate,
+            sglang_plugin._hold_up(flag, ours)[0], ours.enable_lmcache,
+            sglang_plugin._hold_up(flag, theirs)[0],
+        ]
+        """
+    )
+    assert answer.result == [1, True, True, False, False]
+
+
+@needs_sglang
 @pytest.mark.parametrize(
     ("backend", "layout", "io", "becomes"),
     [

@@ -26,6 +26,7 @@ PAGE_SIZE = 16
 ADMIN_KEY = "an admin's key"
 WAIT_SECONDS = 60.0
 NEW_TOKENS = 16
+LANDING = "32MiB"
 
 MEMORY = (
     SHARED_MEMORY / f"lmcache-engine-tests-{os.getpid()}"
@@ -61,6 +62,7 @@ class Setup:
     page_size: int = PAGE_SIZE
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings of each tier
     sglang: Mapping[str, Any] = field(default_factory=dict)  # SGLang's own keys beside them
+    direct: bool = False  # without SGLang's host pool
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ class Setup:
             "path": str(self.store),
             "cpu": {"size": self.cpu, "path": str(self.memory), **self.more.get("cpu", {})},
             "disk": {"size": self.disk, **self.more.get("disk", {})},
+            **({"direct": {"landing": LANDING}} if self.direct else {}),
         }
 
     @property

@@ -91,8 +91,9 @@ def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def scribble(pools: DevicePools, host: Any) -> None:
-    """Overwrite all memory of the device pools and of the host pools, a `HostPoolGroup`."""
-    of_host = [tensor for entry in host.entries for tensor in _host_memory(entry.host_pool)]
+    """Overwrite all memory of the device pools and of the host pools, a `HostPoolGroup`; None: there are none."""
+    entries = host.entries if host is not None else ()
+    of_host = [tensor for entry in entries for tensor in _host_memory(entry.host_pool)]
     for tensor in (*pools.memory(), *of_host):
         tensor.fill_(SCRIBBLE)
 

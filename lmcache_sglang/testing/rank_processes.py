@@ -28,6 +28,7 @@ from typing import Any, Self
 
 import msgspec
 
+from .rank_direct import DirectTree
 from .rank_pools import HEADS, LAYERS, Family
 from .rank_tree import RankTree
 from .sglang_cpu.config import VARIABLE
@@ -124,7 +125,7 @@ class Nursery:
         """An engine's ranks over a store.
 
         Args:
-            store: its settings.
+            store: its settings; with `direct`, each rank is a `DirectTree`.
             settings: of the engine's command line.
         """
         meeting = self._folder / f"meeting-{next(self._engines)}"
@@ -161,7 +162,8 @@ class _Rank(StreamRequestHandler):
         family = Family(**setup["family"])
         group = _meet(family, setup["rank"], setup["meeting"])
         model = Path(setup["model"])
-        tree = RankTree(family, model, setup["store"], setup["rank"], group, setup["settings"])
+        kind = DirectTree if setup["store"].get("direct") else RankTree
+        tree = kind(family, model, setup["store"], setup["rank"], group, setup["settings"])
         self._answer("ready")
         for line in self.rfile:
             method, args = json.loads(line)

@@ -56,10 +56,17 @@ class RankTree:
         self._requests = 0
 
     def _tree(self, arguments: Any, group: torch.distributed.ProcessGroup | None) -> Any:
-        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-        params = CacheInitParams(
+        params = self._params(group)
+        cache = UnifiedRadixCache(params)
+        cache.init_hicache(arguments, params)
+        return cache
+
+    def _params(self, group: torch.distributed.ProcessGroup | None) -> Any:
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+
+        return CacheInitParams(
             disable=False,
             req_to_token_pool=self.pools.requests,
             token_to_kv_pool_allocator=self.pools.allocator,
@@ -70,9 +77,6 @@ class RankTree:
             tree_components=components(self.family),
             enable_mamba_extra_buffer=self.family.tracks_states,
         )
-        cache = UnifiedRadixCache(params)
-        cache.init_hicache(arguments, params)
-        return cache
 
     def describe(self) -> dict[str, Any]:
         """Which of SGLang's classes these are."""
@@ -172,12 +176,12 @@ class RankTree:
 
     def stored(self, pool: str, tokens: list[int]) -> list[bool]:
         """Which pages of a prompt this rank finds in the store, whole and under its own name."""
-        found: list[bool] = self._backend._chain.exists(self._keys(pool, tokens))
+        found: list[bool] = self._chain.exists(self._keys(pool, tokens))
         return found
 
     def remove(self, pool: str, tokens: list[int], pages: Sequence[int]) -> None:
         """Take pages of a prompt, which are there, out of this rank's store."""
-        chain, keys = self._backend._chain, self._keys(pool, tokens)
+        chain, keys = self._chain, self._keys(pool, tokens)
         keys = [keys[page] for page in pages]
         assert chain.flush(FLUSH_SECONDS)
         assert all(chain.exists(keys))
@@ -237,8 +241,21 @@ class RankTree:
         from sglang.srt.mem_cache.utils import get_hash_str
 
         hashes = get_hash_str(tokens, page_size=self.family.page_size)
-        stored = next(kept for name, kept in self._backend.pools.items() if name.value == pool)
-        return [stored.namespace + bytes.fromhex(each) for each in hashes]
+        named = self._namespace(pool)
+        return [named + bytes.fromhex(each) for each in hashes]
+
+    @property
+    def _chain(self) -> Any:
+        return self._backend._chain
+
+    def _namespace(self, pool: str) -> bytes:
+        """That this rank's pages of a pool have."""
+        pools = self._backend.pools.items()
+        return next(bytes(kept.namespace) for name, kept in pools if name.value == pool)
+
+    def namespaces(self, pools: list[str]) -> list[str]:
+        """As hexadecimal digits."""
+        return [self._namespace(pool).hex() for pool in pools]
 
     def _ask_for(self, tokens: list[int]) -> Any:
         """Begin a prefetch of what neither device nor host has of a prompt: SGLang's handle of it."""
