@@ -34,6 +34,7 @@ from sglang.srt.mem_cache.memory_pool import (
 )
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+from .device_copiers import by_device
 from .device_pages import DevicePages, Run
 from .pools import BY_TOKEN, HostPool, Sharding, describe
 from .stored_pool import Named
@@ -189,7 +190,12 @@ class DevicePool(Named):
 def _pages(entry: DevicePoolEntry) -> tuple[DevicePages, HostPool]:
     """Where its bytes lie in a record, and what its host pool would say of itself."""
     pool = entry.device_pool
-    if type(pool) is MHATokenToKVPool and _is_by_token(pool):
+    if isinstance(pool, MHATokenToKVPool) and not _is_by_token(pool):
+        raise NotImplementedError(
+            f"lmcache: pool {entry.name.value} has its heads before its tokens, which the direct path does not copy; "
+            "unset SGLANG_USE_HND_KVCACHE, or take direct out"
+        )
+    if type(pool) is MHATokenToKVPool:
         runs, view = _heads(entry, pool)
     elif type(pool) is MLATokenToKVPool:
         runs, view = _latent(entry, pool)
@@ -197,7 +203,8 @@ def _pages(entry: DevicePoolEntry) -> tuple[DevicePages, HostPool]:
         runs, view = _states(entry, pool)
     else:
         runs, view = _as_it_is(entry)
-    return DevicePages(runs, entry._row_span, _layers(entry)), cast("HostPool", view)
+    copier = by_device(runs[0].buffer.device)
+    return DevicePages(runs, entry._row_span, _layers(entry), copier), cast("HostPool", view)
 
 
 def _is_by_token(pool: Any) -> bool:

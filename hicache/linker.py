@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 
 from ..errors import TierError
 from . import engine, offloading, sources, weights
+from .admission import Pass
+from .device_copiers import on_gpu
 from .device_pools import DevicePool, pool_group, ranks
 from .fetching import LOOK_EVERY_SECONDS, Fetching
 from .landing import Landing
@@ -101,28 +104,33 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
             pool.belongs_to(self._model)
         opened = open_store(settings)  # last of what may fail for another reason: it must be closed
         self._chain = opened.chain
-        self._open(opened, alone=group is None or torch.distributed.get_world_size(group) == 1)
+        self._closes = ExitStack()
+        with ExitStack() as failing:
+            failing.callback(self._closes.close)
+            self._closes.callback(self._chain.close)
+            self._open(opened, alone=_is_alone(params))
+            failing.pop_all()
         self.layer_done_counter = self._loading.counter
         if PoolName.MAMBA in self.pools:
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
         weights.on_replaced(self._weights_replaced)
 
     def _open(self, opened: Opened, *, alone: bool) -> None:
-        try:
-            for pool in self._stored.values():
-                opened.require_room(self._chain, pool.page_bytes)
-            self._landings = {
-                pool.name: _landing(pool, opened.landing // len(self._stored))
-                for pool in self._stored.values()
-            }
-        except BaseException:
-            self._chain.close()
-            raise
+        for pool in self._stored.values():
+            opened.require_room(self._chain, pool.page_bytes)
+        buffer = next(iter(self.pools.values())).kv_buffer[0]
+        pages = [pool.pages for pool in self._stored.values()]
+        on_gpu(pages, buffer.device, opened.cubins, self._closes)
+        self._landings = {
+            pool.name: _landing(pool, opened.landing // len(self._stored))
+            for pool in self._stored.values()
+        }
         self._namespaces = Namespaces(self._chain.directories)
         self._naming = Lock()  # held where a pool's standing changes
         self._look_again = float("-inf")
         self._queued: dict[str, list[Part]] = {}
         self._before = ("", 0)
+        self._pass: Pass | None = None
         sources_of = self._group.sources
         windowed = frozenset(n.value for n in self._stored if sources_of[n] in _WINDOWED)
         self._with_windows = frozenset(sources_of.values()) & _WINDOWED
@@ -137,6 +145,7 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
             self._tidy,
             alone=alone,
         )
+        self._closes.callback(self._fetching.close)
         self._promises = Promises(
             self._landings,
             windowed,
@@ -145,9 +154,10 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
             alone=alone,
             hangs=self._chain.hangs,
         )
-        self._loading = Loading(self._group.num_layers, self._tell_of_damage)
         self._offloading = Offloading(self._chain, self._may_wait())
-        self._is_closed = False
+        self._closes.callback(self._offloading.close)
+        self._loading = Loading(self._group.num_layers, self._tell_of_damage)
+        self._closes.callback(self._loading.close)
         self._announce()
 
     def _may_wait(self) -> int:
@@ -213,12 +223,27 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
         }
         return self._promises.look_up(rid, kv.keys, windows)
 
-    def is_ready(self, rid: str) -> bool:
-        """Whether a request need not wait any longer for pages that are being fetched. For the plug-in."""
-        return self._promises.is_ready(rid)
+    # For the plug-in, of which SGLang's interface knows nothing (sglang_direct.py).
+
+    def begin_pass(
+        self, waiting: Callable[[], Sequence[str]], agree: Callable[[torch.Tensor], None]
+    ) -> None:
+        """SGLang's scheduler goes through its waiting requests. Args: as of `Pass`."""
+        self._pass = Pass(self._promises, waiting, agree)
+
+    def may_go(self, rid: str) -> bool:
+        """Whether a request need not wait any longer for pages that are being fetched, on any rank."""
+        return self._pass is None or self._pass.may_go(rid)
+
+    def end_pass(self) -> None:
+        self._pass = None
+
+    def lost(self, rid: str) -> bool:
+        """Whether a request's last lookup began further back than its fetch, and began another one."""
+        return self._promises.lost(rid)
 
     def release(self, rid: str) -> None:
-        """SGLang gives a request up. For the plug-in; without it the promise ends by itself."""
+        """A request was admitted, or SGLang gives it up. Without it the promise ends by itself."""
         self._promises.end(rid)
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
@@ -230,7 +255,13 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
             return False
         if rid in self._queued:
             raise RuntimeError(f"lmcache: a load for {rid} is queued already")
-        self._queued[rid] = [self._part(each) for each in resolved]
+        with ExitStack() as held:
+            parts = []
+            for each in resolved:
+                parts.append(self._part(each))
+                held.callback(parts[-1].let_go)
+            held.pop_all()
+        self._queued[rid] = parts
         self._promises.end(rid)  # the parts have leases of their own now
         return True
 
@@ -256,9 +287,10 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         return self._loading.finish(counter_index)
 
-    def follows(self, ancestors: Sequence[str]) -> None:
-        """The next offload continues a chain of these pages. For the plug-in; without it each begins one."""
-        self._before = (ancestors[-1] if ancestors else "", len(ancestors))
+    def follows(self, before: str, position: int) -> None:
+        """The next offload continues a chain: the hash of its last page, and how many they are. For the plug-in;
+        without it each offload begins one."""
+        self._before = (before, position)
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         """Queue pages to be stored; False when too much waits."""
@@ -290,8 +322,7 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
 
     def reset(self) -> None:
         """Wait for what moves, and forget what was promised, queued and landed; the tiers stay as they are."""
-        for rid in list(self._queued):
-            self.cancel_queued_load(rid)
+        self._cancel_all()
         self._loading.settle()
         self._offloading.settle()
         self._unland()
@@ -305,8 +336,12 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
 
     def clear(self) -> bool:
         """Forget the pages of this model, layout and shard, in every tier, and nobody else's; whether all are gone."""
+        is_clear = self._offloading.cut_off()  # what was offered before would be stored after
+        if not is_clear:
+            logger.error(
+                "lmcache: a tier is still writing pages that are to be cleared. Clear again"
+            )
         self._unland()
-        is_clear = True
         for pool in self._stored.values():
             try:
                 removed = self._chain.clear(pool.namespace)
@@ -321,14 +356,20 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
 
     def close(self) -> None:
         """End the threads, write what is on its way to the disk, and let go of the store. Idempotent."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self.reset()
-        self._loading.close()
-        self._offloading.close()
-        self._fetching.close()
-        self._chain.close()
+        self._cancel_all()
+        self._closes.close()
+
+    def _cancel_all(self) -> None:
+        """Forget the loads that have not begun."""
+        for rid in list(self._queued):
+            self.cancel_queued_load(rid)
+
+
+def _is_alone(params: Any) -> bool:
+    """Whether SGLang asks no other rank what it may restore (UnifiedRadixCache._all_reduce_attn_groups)."""
+    groups = (params.attn_cp_cache_group, params.attn_tp_cache_group, params.tp_cache_group)
+    sizes = (torch.distributed.get_world_size(each) for each in groups if each is not None)
+    return all(size == 1 for size in sizes)
 
 
 def _landing(pool: DevicePool, size: int) -> Landing:

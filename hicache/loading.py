@@ -11,17 +11,18 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter
 from sglang.srt.utils import get_device_module
 
 from .landing import NOWHERE, Landing, Lease
+from .layer_counter import LayerCounter
+from .streams import OwnStream
 
 if TYPE_CHECKING:
     from .device_pools import DevicePool
@@ -69,7 +70,7 @@ class Loading:
     """
 
     def __init__(self, layers: int, tell: Callable[[int], None]) -> None:
-        self.counter = LayerWiseLoadCounter(layers)
+        self.counter = LayerCounter(layers)
         self._layers = layers
         self._tell = tell
         self._verdicts: dict[int, Future[bool]] = {}
@@ -104,12 +105,11 @@ class Loading:
         self._thread.join()
 
     def _serve(self) -> None:
-        stream = None
+        own = OwnStream()
         while (batch := self._queue.get()) is not None:
             whole = False
             try:
-                stream = stream or _own_stream(batch.parts)
-                with device_module.stream(stream) if stream else nullcontext():
+                with own.on(batch.parts[0].indices.device) as stream:
                     whole = self._load(batch, stream)
             except Exception as error:
                 # The counter hands it on: the scheduler aborts these requests.
@@ -125,23 +125,26 @@ class Loading:
     def _load(self, batch: _Batch, stream: Any) -> bool:
         """Whether what was copied is whole. Raises: Damaged: it is not there."""
         batch.begun.synchronize()
-        groups = _by_pool(batch.parts)
-        for layer in range(self._layers):
-            for pool, landing, rows, chosen in groups:
-                pool.pages.scatter(layer, rows, landing.records, chosen)
-            if stream:
-                stream.synchronize()
-            self.counter.complete(batch.index, layer)
+        try:
+            self._copy(batch, stream)
+        finally:
+            if stream is not None:
+                stream.synchronize()  # also after a failure: the records are given back, and the pages too
         wrong = sum(len(part.landing.damaged(part.lease.slots)) for part in batch.parts)
         if wrong:
             self._tell(wrong)
         return not wrong
 
-
-def _own_stream(parts: Sequence[Part]) -> Any:
-    """Of this thread; None where the device has none."""
-    is_cpu = parts[0].indices.device.type == "cpu"
-    return None if is_cpu else device_module.Stream()
+    def _copy(self, batch: _Batch, stream: Any) -> None:
+        with ExitStack() as copies:
+            scatters = [
+                copies.enter_context(pool.pages.scattering(rows, landing.records, chosen))
+                for pool, landing, rows, chosen in _by_pool(batch.parts)
+            ]
+            for layer in range(self._layers):
+                for scatter in scatters:
+                    scatter(layer)
+                self.counter.enqueued(batch.index, layer, stream)
 
 
 def _by_pool(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedEngineError
@@ -24,12 +25,14 @@ class Opened:
         require_room: raises when a tier cannot keep a page of so many bytes.
         landing: bytes of memory that pages land in, of this rank.
         restores_always: also what is computed sooner.
+        cubins: folder in which kernels for a GPU are kept.
     """
 
     chain: Chain
     require_room: Callable[[Chain, int], None]
     landing: int
     restores_always: bool
+    cubins: Path
 
 
 Opener = Callable[[Mapping[str, Any]], Opened]

@@ -187,6 +187,11 @@ class DirectConfig(_Section):
         description="Memory of each rank that pages land in before they are loaded; the longest prefix that one "
         'request can restore: "4GiB", or "auto": a twentieth of the memory, at most 4 GiB.',
     )
+    cubins: Path | None = Field(
+        default=None,
+        description="Folder for the compiled kernels of an NVIDIA GPU, or of those that were compiled ahead of time "
+        "(`python -m lmcache_sglang.kernels.cuda --help`); else `cubins` in the store's folder.",
+    )
 
     @property
     def bytes(self) -> int:

@@ -28,15 +28,7 @@ SGLang calls `activate` in each of its processes before it parses arguments (ent
     UnifiedRadixCache._handle_prefetch_result       and what was restored,
     UnifiedRadixCache.take_events                   together with SGLang's own
 
-and for `{"direct": true}` and SGLang's own flags for its external linker (hicache/linker.py):
-
-    ServerArgs.resolve_once                         sets these flags in place of the one above
-    Scheduler._prefetch_kvcache                     the store is asked when a request arrives,
-    Scheduler._get_new_batch_prefill_raw            and a request waits for its pages where SGLang's own
-    UnifiedRadixCache.check_prefetch_progress       prefetches make it wait
-    UnifiedCacheLinkerWrapper.release_request       what was promised to a request that ends is free again
-    UnifiedCacheLinkerWrapper._offload_node         which pages come before those that are stored
-    Scheduler.clear_hicache_storage_wrapped         the admin route that clears the store
+sglang_direct.py has those for `{"direct": true}`.
 
 The name stays `lmcache` everywhere, in SGLang's logs and metrics too. (The other way, rewriting the flag
 to `dynamic`, loses it, and does not reach the admin route that attaches a backend at run time.)
@@ -58,6 +50,7 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
 
+from . import sglang_direct
 from .config import Config, parse_extra
 from .errors import ConfigError, UnsupportedEngineError
 from .hicache import opening
@@ -109,15 +102,6 @@ _TAKE_EVENTS = f"{_TREE}.take_events"
 _PREFIX_KEYS = "hicache_storage_pass_prefix_keys"  # SGLang's own key of the extra config
 _LEAST_PAGE_FOR_PREFIX_KEYS = 16  # tokens
 _ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
-_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
-_ARRIVED = f"{_SCHEDULER}._prefetch_kvcache"
-_ADMIT = f"{_SCHEDULER}._get_new_batch_prefill_raw"
-_CLEAR = f"{_SCHEDULER}.clear_hicache_storage_wrapped"
-_PROGRESS = f"{_TREE}.check_prefetch_progress"
-_WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper"
-_RELEASE = f"{_WRAPPER}.release_request"
-_OFFLOAD = f"{_WRAPPER}._offload_node"
-_LINKER_MODULE, _LINKER = "lmcache_sglang.hicache.linker", "LMCacheLinker"
 _EVENTS = ("AllBlocksCleared", "BlockRemoved", "BlockStored", "StorageMedium")
 
 # Flags that the hierarchical cache, on which a store stands, does not go with.
@@ -125,21 +109,6 @@ _EXCLUDES = {
     "disable_radix_cache": "since what it stores is the radix cache",
     "enable_lmcache": "which is another cache in its place",
     "enable_unified_cache_external_linker": "which goes around the host memory that it reads to and writes from",
-}
-
-# What the direct path does not go with, by the values that it does go with.
-_DIRECT_EXCLUDES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "enable_hierarchical_cache": ((False,), "whose host memory it goes around"),
-    "disable_radix_cache": ((False,), _EXCLUDES["disable_radix_cache"]),
-    "radix_cache_backend": ((None,), "which is another cache in its place"),
-    "enable_lmcache": ((False,), _EXCLUDES["enable_lmcache"]),
-    "enable_unified_cache_external_linker": ((False,), "which it turns on by itself"),
-    "disaggregation_mode": (
-        ("null", None),
-        "of whose requests it was never seen to hold up the right ones",
-    ),
-    "pp_size": ((1, None), "as the stages would not agree on what is restored"),
-    "dcp_size": ((1, None), "as a rank holds a stripe of each page"),
 }
 
 # Everything that must be there for the flag to work: what is hooked, and what the hooks use.
@@ -171,15 +140,7 @@ SEAMS = (
     _PREFILLED,
     _TREE,
     _PREFETCHED,
-    _ARRIVED,
-    _ADMIT,
-    _CLEAR,
-    _PROGRESS,
-    _RELEASE,
-    _OFFLOAD,
-    f"{_SERVER_ARGS}.enable_unified_cache_external_linker",
-    f"{_SERVER_ARGS}.unified_cache_external_linker_backend",
-    f"{_SERVER_ARGS}.unified_cache_external_linker_config",
+    *sglang_direct.SEAMS,
     f"{_CONTROLLER}._page_get_zero_copy",
     f"{_CONTROLLER}._page_set_zero_copy",
     "sglang.srt.arg_groups.overrides.declare_resolution",
@@ -237,12 +198,7 @@ def activate() -> None:
     HookRegistry.register(_PREFETCHED, _tell_of_restored, HookType.AROUND)
     HookRegistry.register(_TAKE_EVENTS, _add_events, HookType.AFTER)
     opening.opens(open_direct)
-    HookRegistry.register(_ARRIVED, _ask_at_once, HookType.AROUND)
-    HookRegistry.register(_ADMIT, _hold_up, HookType.AROUND)
-    HookRegistry.register(_CLEAR, _clear_directly, HookType.AROUND)
-    HookRegistry.register(_PROGRESS, _has_landed, HookType.AROUND)
-    HookRegistry.register(_RELEASE, _end_promise, HookType.AFTER)
-    HookRegistry.register(_OFFLOAD, _tell_what_comes_before, HookType.BEFORE)
+    sglang_direct.register(HookRegistry, HookType)
 
 
 def missing_seams() -> list[str]:
@@ -316,7 +272,7 @@ def _prepare(server_args: Any, *_: Any, **__: Any) -> None:
         return
     if _uses_the_flag(server_args):
         settings = parse_extra(server_args.hicache_storage_backend_extra_config)
-    elif (own := _linker_settings(server_args)) is not None:
+    elif (own := sglang_direct.own_settings(server_args)) is not None:
         settings = own
     else:
         return
@@ -335,9 +291,11 @@ def _prepare(server_args: Any, *_: Any, **__: Any) -> None:
             FLAG,
         )
     if not _uses_the_flag(server_args):
+        sglang_direct.require_fit(server_args, by_own_flags=True)
         return
     if config.direct.enabled:
-        _go_directly(server_args, settings)
+        sglang_direct.require_fit(server_args, by_own_flags=False)
+        sglang_direct.turn_on(server_args, settings)
         return
     if server_args.disaggregation_mode == "decode":
         return
@@ -355,35 +313,6 @@ def _require_hierarchical_cache(server_args: Any) -> None:
             raise ConfigError(
                 f"{FLAG} {NAME}", f"does not go with {flag}, {why}. Leave one of them out"
             )
-
-
-def _linker_settings(server_args: Any) -> dict[str, Any] | None:
-    """Those that SGLang's own flags give our linker; None where they give none of ours anything."""
-    given = getattr(server_args, "unified_cache_external_linker_config", None)
-    is_on = getattr(server_args, "enable_unified_cache_external_linker", False)
-    if not is_on or not isinstance(given, dict):
-        return None
-    if given.get("linker_module_path") != _LINKER_MODULE:
-        return None
-    return dict(given.get("linker_extra_config") or {})
-
-
-def _go_directly(server_args: Any, settings: dict[str, Any]) -> None:
-    """SGLang's flags for an external linker, which go with no storage backend."""
-    for name, (fits, why) in _DIRECT_EXCLUDES.items():
-        if getattr(server_args, name, fits[0]) not in fits:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError("direct", f"does not go with {flag}, {why}. Leave one of them out")
-    server_args.hicache_storage_backend = None
-    server_args.hicache_storage_backend_extra_config = None
-    server_args.enable_unified_cache_external_linker = True
-    server_args.unified_cache_external_linker_backend = "dynamic"
-    server_args.unified_cache_external_linker_config = {
-        "linker": _LINKER,
-        "linker_module_path": _LINKER_MODULE,
-        "linker_extra_config": settings,
-    }
-    logger.info("%s %s with direct: SGLang's external linker, and no HiCache", FLAG, NAME)
 
 
 def _resolved_before(server_args: Any) -> bool:
@@ -462,7 +391,8 @@ def open_direct(settings: Mapping[str, Any]) -> opening.Opened:
     size = config.direct.bytes
     chain = open_chain(config)
     _BACKEND_MADE.set()
-    return opening.Opened(chain, require_room, size, config.restore == "always")
+    cubins = config.direct.cubins or config.directory / "cubins"
+    return opening.Opened(chain, require_room, size, config.restore == "always", cubins)
 
 
 _ranks: Any = None  # those that attach together: a process group
@@ -737,71 +667,3 @@ def _identify_adapter(original: Callable[[str, str], str], lora_name: str, lora_
     from .hicache.engine import adapter_id
 
     return adapter_id(named, lora_path)
-
-
-def _linker_of(cache: Any) -> Any:
-    """Ours, of SGLang's tree; None where it has none, or another's."""
-    linker = getattr(getattr(cache, "linker", None), "cache_linker", None)
-    return linker if getattr(linker, "name", None) == NAME else None
-
-
-def _ask_at_once(
-    original: Callable[..., Any], scheduler: Any, req: Any, *rest: Any, **named: Any
-) -> Any:
-    """A match looks up, and a lookup fetches what has not landed. SGLang does so for its own prefetches."""
-    if _linker_of(scheduler.tree_cache) is None:
-        return original(scheduler, req, *rest, **named)
-    req.init_next_round_input(scheduler.tree_cache, cow_mamba=False)
-    return None
-
-
-def _hold_up(original: Callable[..., Any], scheduler: Any, *rest: Any, **named: Any) -> Any:
-    """SGLang asks whether a prefetch is done where it has HiCache with a storage, or this; and nothing else of
-    this in that call."""
-    if _linker_of(scheduler.tree_cache) is None:
-        return original(scheduler, *rest, **named)
-    before, scheduler.enable_lmcache = scheduler.enable_lmcache, True
-    try:
-        plan = original(scheduler, *rest, **named)
-    finally:
-        scheduler.enable_lmcache = before
-    if scheduler.waiting_queue and plan[0] is None:
-        time.sleep(0)  # SGLang asks again at once, and the fetching thread needs the GIL
-    return plan
-
-
-def _has_landed(
-    original: Callable[..., Any], cache: Any, request: Any, *rest: Any, **named: Any
-) -> Any:
-    """Ranks must hold up the same requests."""
-    linker = _linker_of(cache)
-    if linker is None:
-        return original(cache, request, *rest, **named)
-    import torch
-
-    ready = torch.tensor([linker.is_ready(request.rid)], dtype=torch.int)
-    cache._all_reduce_attn_groups(ready, torch.distributed.ReduceOp.MIN)
-    return bool(ready.item())
-
-
-def _clear_directly(original: Callable[..., Any], scheduler: Any, *rest: Any, **named: Any) -> Any:
-    linker = _linker_of(scheduler.tree_cache)
-    if linker is None:
-        return original(scheduler, *rest, **named)
-    from sglang.srt.managers.io_struct import ClearHiCacheReqOutput
-
-    return ClearHiCacheReqOutput(success=linker.clear())
-
-
-@harmless
-def _end_promise(_: Any, wrapper: Any, rid: str, *__: Any, **___: Any) -> None:
-    if (linker := _linker_of(wrapper.cache)) is not None:
-        linker.release(rid)
-
-
-@harmless
-def _tell_what_comes_before(wrapper: Any, node_id: Any, *_: Any, **__: Any) -> None:
-    """Once a node. At small pages the list would cost more than it is worth, as with HiCache."""
-    linker = _linker_of(wrapper.cache)
-    if linker is not None and wrapper.cache.page_size >= _LEAST_PAGE_FOR_PREFIX_KEYS:
-        linker.follows(wrapper.cache.tree_core.get_prefix_hash_values(node_id))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..errors import Reason, TierError
 from ..kernels.pages import PageSegments
@@ -31,6 +31,7 @@ class FaultyTier(UpperTier):
         asked: how often each call came, by name.
         parents, below: that each `put` was told.
         limits: that each `get` was given.
+        before_call: is told of each call first, by name; one that waits makes the tier hang.
     """
 
     def __init__(self, inner: Tier, name: str | None = None) -> None:
@@ -45,9 +46,11 @@ class FaultyTier(UpperTier):
         self.parents: list[Sequence[bytes] | None] = []
         self.below: list[Below | None] = []
         self.limits: list[Limits] = []
+        self.before_call: Callable[[str], None] = lambda _: None
 
     def _asked(self, call: str) -> Tier:
         self.asked[call] += 1
+        self.before_call(call)
         if self.failing is not None:
             raise TierError(self.name, self.failing, "told to fail")
         if call in self.refusing:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from threading import Event
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -30,9 +31,13 @@ class Pool:
     def first_rows(self, indices: torch.Tensor) -> torch.Tensor:
         return indices[::2]
 
-    def scatter(
-        self, layer: int, firsts: torch.Tensor, records: torch.Tensor, chosen: torch.Tensor
-    ) -> None:
+    @contextmanager
+    def scattering(
+        self, firsts: torch.Tensor, records: torch.Tensor, chosen: torch.Tensor
+    ) -> Iterator[Callable[[int], None]]:
+        yield lambda layer: self._scatter(layer, firsts, chosen)
+
+    def _scatter(self, layer: int, firsts: torch.Tensor, chosen: torch.Tensor) -> None:
         if layer in self.wait_before:
             assert self.wait_before[layer].wait(SECONDS)
         if layer == self.fail_at:
@@ -125,8 +130,33 @@ def test_of_a_batch_that_never_was_nothing_failed(test: Bench) -> None:
 def test_settling_waits_for_what_is_loaded(test: Bench) -> None:
     gate = test.pool.wait_before[2] = Event()
     index = test.loading.start([test.part([0])])
+    settled = Event()
+
+    def settle() -> None:
+        test.loading.settle()
+        settled.set()
+
+    thread = Thread(target=settle)
+    thread.start()
+    assert not settled.wait(0.1)
     gate.set()
-    test.loading.settle()
+    thread.join()
     assert len(test.pool.copied) == LAYERS
     assert test.loading.finish(index)  # nobody knows of it any more
     assert test.landing.leased == 0
+
+
+def test_another_page_in_the_place_of_a_promised_one_fails_the_load(test: Bench) -> None:
+    """The landing is emptied between two layers, and filled anew: what is there is whole, and not what was asked for."""
+    gate = test.pool.wait_before[1] = Event()
+    index = test.loading.start([test.part([0, 1])])
+    test.loading.counter.set_consumer(index)
+    test.loading.counter.wait_until(0)
+    test.landing.empty()
+    room = test.landing.take(8)
+    test.landing.records.fill_(5)
+    names = [f"other {number}" for number in range(8)]
+    test.landing.came(room, names, [name.encode().ljust(48) for name in names], [True] * 8)
+    gate.set()
+    assert not test.loading.finish(index)
+    assert test.damaged == [2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from threading import Event
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lmcache_sglang.hicache import offloading
+from lmcache_sglang.hicache.device_copiers import ByKernels
 from lmcache_sglang.hicache.device_pages import DevicePages, Run
 from lmcache_sglang.hicache.offloading import Offloading, Part
 from lmcache_sglang.kernels.pages import PageSegments
@@ -42,12 +43,12 @@ class Bench:
     def __init__(self) -> None:
         self.tier = FaultyTier(MemoryTier(1 << 20))
         self.buffer = torch.randint(0, 256, (64 * SPAN, WIDTH), dtype=torch.uint8)
-        pages = DevicePages([Run(self.buffer, 0, WIDTH)], SPAN, {0: [0]})
+        pages = DevicePages([Run(self.buffer, 0, WIDTH)], SPAN, {0: [0]}, ByKernels)
         self.pool: Any = SimpleNamespace(
             pages=pages, page_bytes=PAGE, is_stored_here=True, first_rows=lambda at: at[::SPAN]
         )
         self.chain = Chain(self.tier)
-        self.offloading = Offloading(self.chain, most=10 * PAGE)
+        self.offloading = Offloading(self.chain, most=20 * PAGE)  # 15 of them for what is new
 
     def part(self, pages: range, **more: Any) -> Part:
         hashes = [hashlib.sha256(bytes([page])).hexdigest() for page in pages]
@@ -62,7 +63,7 @@ class Bench:
 
     def results(self, count: int) -> list[bool]:
         """The next ones, as they come."""
-        self.offloading._queue.join()
+        assert self.offloading.wait(SECONDS)
         assert self.offloading.done() == count
         return [self.offloading.take() for _ in range(count)]
 
@@ -128,11 +129,11 @@ def test_what_is_stored_is_not_put_again(test: Bench) -> None:
 
 def test_more_than_may_wait_is_refused_until_results_were_taken(test: Bench) -> None:
     gate = Gate()
-    assert test.offer(range(6), gate)
-    assert not test.offer(range(6, 11))
-    assert test.offer(range(6, 10))
+    assert test.offer(range(9), gate)
+    assert not test.offer(range(9, 16))
+    assert test.offer(range(9, 15))
     gate.open()
-    test.offloading._queue.join()
+    assert test.offloading.wait(SECONDS)
     assert not test.offer(range(20, 21))  # stored, but not taken: all ranks count alike
     assert [test.offloading.take(), test.offloading.take()] == [True, True]
     assert test.offer(range(20, 21))
@@ -168,9 +169,94 @@ def test_a_mistake_of_ours_costs_the_pages_and_not_the_thread(test: Bench) -> No
     assert test.results(2) == [False, True]
 
 
-def test_after_settling_nothing_waits_and_no_result_is_left(test: Bench) -> None:
-    test.offer(range(6))
+def test_what_is_offered_again_for_its_window_leaves_room_for_what_is_new(test: Bench) -> None:
+    """SGLang offers a prefix that lacks a window before its children, each time one is inserted."""
+
+    def stem(pages: range) -> bool:
+        return test.offloading.offer([test.part(pages)], [], is_whole=False)
+
+    assert stem(range(8))
+    assert stem(range(8, 15))
+    assert not test.offer(range(15, 16))
+    test.results(2)
+    gate = Gate()
+    assert test.offer(range(20, 21), gate)  # so that all below waits together
+    assert stem(range(8))
+    assert not stem(range(8, 15))  # stored already, so nothing is lost
+    assert test.offer(range(15, 29))
+    gate.open()
+    assert test.results(3) == [True, False, True]
+
+
+def test_a_stem_that_got_its_window_is_new(test: Bench) -> None:
+    assert test.offloading.offer([test.part(range(3))], [], is_whole=False)
+    assert test.results(1) == [False]
+    assert test.offer(range(3))
+    assert test.results(1) == [True]
+
+
+def hung(test: Bench) -> Gate:
+    """A tier that keeps the first write it gets until the gate opens; that write has begun."""
+    gate, begun = Gate(), Event()
+
+    def write(call: str) -> None:
+        if call == "put":
+            begun.set()
+            gate.synchronize()
+
+    test.tier.before_call = write
+    test.offer(range(3))
+    assert begun.wait(SECONDS)
+    return gate
+
+
+def test_settling_waits_for_what_is_stored_and_forgets_the_results(test: Bench) -> None:
+    gate = hung(test)
     test.offer(range(6, 10))
-    test.offloading.settle()
+    settled = Event()
+
+    def settle() -> None:
+        assert test.offloading.settle(SECONDS)
+        settled.set()
+
+    thread = Thread(target=settle)
+    thread.start()
+    assert not settled.wait(0.1)
+    gate.open()
+    thread.join()
+    assert settled.is_set()
     assert test.offloading.done() == 0
-    assert test.offer(range(10, 20))
+    assert all(test.chain.exists(test.keys(range(6, 10))))
+    assert test.offer(range(10, 25))  # nothing waits
+
+
+def test_settling_does_not_wait_for_a_tier_that_hangs_and_drops_what_is_behind_it(
+    test: Bench,
+) -> None:
+    gate = hung(test)
+    test.offer(range(6, 10))
+    assert not test.offloading.settle(0.05)
+    test.buffer.fill_(9)  # the places of these pages are another's now
+    assert test.offer(range(10, 25))
+    gate.open()
+    assert test.results(1) == [True]
+    assert test.chain.exists(test.keys(range(6, 10))) == [False] * 4
+
+
+def test_what_is_cut_off_is_answered_with_no_and_not_stored_later(test: Bench) -> None:
+    gate = hung(test)
+    test.offer(range(6, 10))
+    assert not test.offloading.cut_off(0.05)
+    gate.open()
+    first, second = test.results(2)
+    assert first  # it had begun, so whoever cuts off is told that it is not over
+    assert not second
+    assert test.chain.exists(test.keys(range(6, 10))) == [False] * 4
+
+
+def test_closing_leaves_a_tier_behind_that_hangs(test: Bench) -> None:
+    gate = hung(test)
+    test.offloading.close(0.05)
+    gate.open()
+    test.offloading._thread.join(SECONDS)
+    assert not test.offloading._thread.is_alive()

@@ -23,12 +23,12 @@ def activate() -> None:
     stands.
     """
     if active() and installed():
-        _offer_transfers()
+        offer_transfers()
         _lower_the_reserve()
         _register_hooks()
 
 
-def _offer_transfers() -> None:
+def offer_transfers() -> None:
     """Without them the first copy of a page fails with a NameError (in pool_host/mha.py:647, say).
 
     The modules of the host pools take them from sgl_kernel on CUDA, HIP and XPU only.
