@@ -64,7 +64,7 @@ SEAMS = (
     f"{_ASSEMBLER}.linker_pool_assembler.resolve_hybrid_device_pool_group",
     f"{_ASSEMBLER}.hybrid_pool_assembler._swa_layer_mappings",
     "sglang.srt.managers.schedule_batch.Req.init_next_round_input",
-    "sglang.srt.managers.schedule_policy.AddReqResult.CONTINUE",
+    "sglang.srt.managers.schedule_policy.AddReqResult",
     "sglang.srt.managers.io_struct.ClearHiCacheReqOutput",
 )
 

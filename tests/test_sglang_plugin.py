@@ -313,34 +313,66 @@ def test_a_mistake_in_our_linkers_settings_stops_the_parent_and_in_anothers_is_n
 
 
 @needs_sglang
-def test_sglang_asks_for_our_pages_where_it_asks_for_its_own_prefetches(scenario: Scenario) -> None:
-    """The gate: its scheduler's own method, with a linker that is not ready at first; and with another's linker."""
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("disaggregation_mode", "decode"), ("pp_size", 2), ("enable_lmcache", True)],
+)
+def test_what_direct_does_not_go_with_is_refused_with_sglangs_own_flags_too(
+    field: str, value: object, scenario: Scenario
+) -> None:
+    answer = scenario(
+        f"""
+        load_plugins()
+        seen = SimpleNamespace(
+            hicache_storage_backend=None,
+            enable_hierarchical_cache=False,
+            enable_unified_cache_external_linker=True,
+            unified_cache_external_linker_config={{
+                "linker": "LMCacheLinker", "linker_module_path": "lmcache_sglang.hicache.linker",
+            }},
+            disaggregation_mode="null",
+            nnodes=1,
+        )
+        result = []
+        for setting in (None, {value!r}):
+            if setting is not None:
+                setattr(seen, {field!r}, setting)
+            try:
+                sglang_plugin._prepare(seen)
+                result.append("accepted")
+            except Exception as error:
+                result.append(str(error))
+        """
+    )
+    accepted, refused = answer.result
+    assert accepted == "accepted"
+    assert refused.startswith(f"direct: does not go with --{field.replace('_', '-')}, ")
+
+
+@needs_sglang
+def test_a_scheduler_that_never_asks_for_our_pages_is_refused(scenario: Scenario) -> None:
+    """And SGLang's own asks for them where it asks for its own prefetches, and nowhere else."""
     answer = scenario(
         """
         import inspect
+        from lmcache_sglang import sglang_direct
         from sglang.srt.managers.scheduler import Scheduler
         load_plugins()
         raw = inspect.unwrap(Scheduler._get_new_batch_prefill_raw)
         asked = inspect.getsource(raw).count("self.enable_lmcache")
         gate = "self.enable_hicache_storage or self.enable_lmcache" in inspect.getsource(raw)
-
-        def scheduler(name):
-            linker = SimpleNamespace(name=name)
-            cache = SimpleNamespace(linker=SimpleNamespace(cache_linker=linker))
-            return SimpleNamespace(tree_cache=cache, enable_lmcache=False, waiting_queue=[])
-
-        def flag(seen):
-            return seen.enable_lmcache, None
-
-        ours, theirs = scheduler("lmcache"), scheduler("another")
-        result = [
-            asked, gate,
-            sglang_plugin._hold_up(flag, ours)[0], ours.enable_lmcache,
-            sglang_plugin._hold_up(flag, theirs)[0],
-        ]
+        sglang_direct._require_gate()
+        Scheduler._get_new_batch_prefill_raw = lambda self: None
+        try:
+            sglang_direct._require_gate()
+            result = "accepted"
+        except Exception as error:
+            result = [asked, gate, type(error).__name__, str(error)]
         """
     )
-    assert answer.result == [1, True, True, False, False]
+    asked, gate, kind, text = answer.result
+    assert (asked, gate, kind) == (1, True, "UnsupportedEngineError")
+    assert "take direct out" in text
 
 
 @needs_sglang

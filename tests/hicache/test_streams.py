@@ -36,7 +36,7 @@ class Devices:
         yield
         self.current.pop()
 
-    def Stream(self, *, device: Any) -> Any:  # noqa: N802  # torch's name
+    def Stream(self, *, device: Any) -> Any:  # torch's name
         self.made.append(device)
         return SimpleNamespace(device=device)
 
