@@ -97,6 +97,31 @@ class Plan:  # as `copy` takes it, but nothing is copied
     ) -> list[tuple[str, builtins.bytes, int]]: ...
     def runs(self) -> tuple[list[int], list[int], list[int]]: ...
 
+class LayeredPlan:  # a launch or more of each layer, those of the first layer first
+    def __init__(
+        self,
+        src: Layout,
+        dst: Layout,
+        scales: Layout,
+        src_slots: object,
+        dst_slots: object,
+        tokens: int,
+        first_layer: int,
+        last_layer: int,
+        convert: int,
+    ) -> None: ...
+    @property
+    def bytes(self) -> int: ...  # of one layer, as run_count
+    @property
+    def table_bytes(self) -> int: ...
+    @property
+    def run_count(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    def launches(
+        self, host: int, device: int, most_blocks: int
+    ) -> list[tuple[str, builtins.bytes, int]]: ...
+
 def kernels() -> list[str]: ...
 def emulate(
     kernel: str,

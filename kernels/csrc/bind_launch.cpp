@@ -14,6 +14,7 @@
 #include "copy_plan.hpp"
 #include "emulate.hpp"
 #include "launch_plan.hpp"
+#include "layered_plan.hpp"
 #include "layout.hpp"
 #include "runs.hpp"
 #include "workers.hpp"
@@ -24,6 +25,7 @@ namespace {
 
 using lmcache::CopyLaunch;
 using lmcache::CopyPlan;
+using lmcache::LayeredPlan;
 using lmcache::Layout;
 using lmcache::Slots;
 using lmcache::Watched;
@@ -31,14 +33,15 @@ using lmcache::Workers;
 
 using Range = std::tuple<uint64_t, uint64_t>;
 
-void make_plan(CopyPlan* at, const Layout& src, const Layout& dst, const Layout& scales,
+template <class Plan>
+void make_plan(Plan* at, const Layout& src, const Layout& dst, const Layout& scales,
                const nb::object& src_slots, const nb::object& dst_slots, uint32_t tokens,
                uint32_t first_layer, uint32_t last_layer, uint32_t convert) {
   const Slots from = lmcache::slots_of(src_slots, "src_slots");
   const Slots to = lmcache::slots_of(dst_slots, "dst_slots");
   const auto request = lmcache::request_of(from, to, tokens, first_layer, last_layer, convert);
   nb::gil_scoped_release unlocked;
-  new (at) CopyPlan(src, dst, scales, request);
+  new (at) Plan(src, dst, scales, request);
 }
 
 using PartTuple = std::tuple<uint32_t, uint32_t, uint32_t, uint32_t>;
@@ -51,15 +54,22 @@ std::vector<PartTuple> parts(const CopyPlan& plan) {
   return made;
 }
 
-// A launch as (kernel, the bytes of its one parameter, blocks).
-nb::list launches(const CopyPlan& plan, uint64_t host, uint64_t device, uint32_t most_blocks) {
+// All parts as launches: (kernel, the bytes of its one parameter, blocks).
+template <class Plan>
+nb::list launches(const Plan& plan, uint64_t host, uint64_t device, uint32_t most_blocks) {
   nb::list made;
-  for (const auto& launch : lmcache::launches_of(plan, host, device, most_blocks))
+  for (const auto& launch :
+       lmcache::launches_of(plan.parts(), plan.convert(), host, device, most_blocks))
     made.append(nb::make_tuple(
         launch.kernel,
         nb::bytes(reinterpret_cast<const char*>(&launch.params), sizeof(launch.params)),
         launch.blocks));
   return made;
+}
+
+template <class Plan>
+uint64_t table_bytes(const Plan& plan) {
+  return lmcache::table_bytes(plan.parts(), plan.convert());
 }
 
 auto runs(const CopyPlan& plan) {
@@ -98,20 +108,26 @@ std::vector<std::string> kernels() {
   return names;
 }
 
+// What plans of all kinds have in common.
+template <class Plan>
+nb::class_<Plan> bind_plan(nb::module_& m, const char* name) {
+  using namespace nb::literals;
+  return nb::class_<Plan>(m, name)
+      .def("__init__", &make_plan<Plan>, "src"_a, "dst"_a, "scales"_a, "src_slots"_a, "dst_slots"_a,
+           "tokens"_a, "first_layer"_a, "last_layer"_a, "convert"_a, nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
+      .def_prop_ro("bytes", &Plan::bytes)
+      .def_prop_ro("table_bytes", &table_bytes<Plan>)
+      .def_prop_ro("run_count", &Plan::runs)
+      .def("launches", &launches<Plan>, "host"_a, "device"_a, "most_blocks"_a);
+}
+
 }  // namespace
 
 void bind_launch(nb::module_& m) {
   using namespace nb::literals;
-  nb::class_<CopyPlan>(m, "Plan")
-      .def("__init__", &make_plan, "src"_a, "dst"_a, "scales"_a, "src_slots"_a, "dst_slots"_a,
-           "tokens"_a, "first_layer"_a, "last_layer"_a, "convert"_a, nb::keep_alive<1, 2>(),
-           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
-      .def_prop_ro("bytes", &CopyPlan::bytes)
-      .def_prop_ro("table_bytes", &lmcache::table_bytes)
-      .def_prop_ro("run_count", &CopyPlan::runs)
-      .def("parts", &parts)
-      .def("launches", &launches, "host"_a, "device"_a, "most_blocks"_a)
-      .def("runs", &runs);
+  bind_plan<CopyPlan>(m, "Plan").def("parts", &parts).def("runs", &runs);
+  bind_plan<LayeredPlan>(m, "LayeredPlan").def_prop_ro("layers", &LayeredPlan::layers);
   m.attr("THREADS") = lmcache::kThreads;
   m.def("kernels", &kernels);
   m.def("emulate", &emulate, "kernel"_a, "params"_a, "blocks"_a, "reads"_a, "writes"_a,

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "copy_plan.hpp"
@@ -79,28 +81,43 @@ inline std::string kernel_of(const CopyParams& p, Convert convert) {
          (brain ? "bf16_" : "fp16_") + std::to_string(at_once(p, convert));
 }
 
-inline uint64_t table_bytes(const CopyPlan& plan) {
+// Calls `visit` with every table of these parts; some parts share one.
+template <class Parts, class Visit>
+void for_each_table(Parts& parts, Convert convert, const Visit& visit) {
+  for (auto& part : parts)
+    for (unsigned side = 0; side < sides_of(convert); ++side) {
+      visit(part.span[side], part.spans);
+      visit(part.row[side], rows_of(part));
+    }
+}
+
+inline uint64_t table_bytes(const std::vector<CopyParams>& parts, Convert convert) {
+  std::unordered_set<const uint64_t*> seen;
   uint64_t words = 0;
-  for (const CopyParams& part : plan.parts())
-    words += uint64_t{sides_of(plan.convert())} * (part.spans + rows_of(part));
+  for_each_table(parts, convert, [&](const uint64_t* table, uint32_t count) {
+    if (seen.insert(table).second) words += count;
+  });
   return words * sizeof(uint64_t);
 }
 
-// Puts tables into memory that the CPU writes at `host` and the GPU reads at `device`.
+// Puts tables into memory that the CPU writes at `host` and the GPU reads at `device`, each once.
 class TableWriter {
  public:
   TableWriter(uint64_t host, uint64_t device) : host_(host), device_(device) {}
 
   const uint64_t* put(const uint64_t* table, uint32_t count) {
-    const uint64_t at = device_ + used_, bytes = count * sizeof(uint64_t);
-    std::memcpy(reinterpret_cast<void*>(host_ + used_), table, bytes);
-    used_ += bytes;
-    return reinterpret_cast<const uint64_t*>(at);
+    const auto [place, is_new] = placed_.try_emplace(table, device_ + used_);
+    if (is_new) {
+      std::memcpy(reinterpret_cast<void*>(host_ + used_), table, count * sizeof(uint64_t));
+      used_ += count * sizeof(uint64_t);
+    }
+    return reinterpret_cast<const uint64_t*>(place->second);
   }
 
  private:
   const uint64_t host_, device_;
   uint64_t used_ = 0;
+  std::unordered_map<const uint64_t*, uint64_t> placed_;
 };
 
 inline Launch launch_of(const CopyParams& part, Convert convert, uint32_t most_blocks) {
@@ -112,19 +129,15 @@ inline Launch launch_of(const CopyParams& part, Convert convert, uint32_t most_b
   return {kernel_of(part, convert), {part, shape.lanes}, shape.blocks};
 }
 
-// All launches of a plan, in any order; `table_bytes` of `host` are written.
-inline std::vector<Launch> launches_of(const CopyPlan& plan, uint64_t host, uint64_t device,
-                                       uint32_t most_blocks) {
+// A launch of each part; `table_bytes` of `host` are written.
+inline std::vector<Launch> launches_of(std::vector<CopyParams> parts, Convert convert,
+                                       uint64_t host, uint64_t device, uint32_t most_blocks) {
   std::vector<Launch> launches;
+  for (const CopyParams& part : parts) launches.push_back(launch_of(part, convert, most_blocks));
   TableWriter tables(host, device);
-  for (const CopyParams& part : plan.parts()) {
-    Launch& launch = launches.emplace_back(launch_of(part, plan.convert(), most_blocks));
-    CopyParams& p = launch.params.copy;
-    for (unsigned side = 0; side < sides_of(plan.convert()); ++side) {
-      p.span[side] = tables.put(p.span[side], p.spans);
-      p.row[side] = tables.put(p.row[side], rows_of(p));
-    }
-  }
+  for_each_table(parts, convert,
+                 [&](const uint64_t*& table, uint32_t count) { table = tables.put(table, count); });
+  for (size_t i = 0; i < parts.size(); ++i) launches[i].params.copy = parts[i];
   return launches;
 }
 

@@ -10,6 +10,7 @@
     driver      the calls of CUDA's driver
     prepared    a plan as launches, or as runs
     choice      kernel or copy engine, and on how much of the GPU
+    layered     a copy a layer at a time
     staging     memory for the tables of launches under way
     copier      all of it together
 
@@ -21,5 +22,6 @@ from __future__ import annotations
 
 from ...errors import CudaError, CudaUnavailableError
 from .copier import CudaCopier
+from .layered import LayeredCopy
 
-__all__ = ["CudaCopier", "CudaError", "CudaUnavailableError"]
+__all__ = ["CudaCopier", "CudaError", "CudaUnavailableError", "LayeredCopy"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
+from ...errors import CudaError
 from ..copy_plan import CopyPlan
 from ..layout import PageLayout
 from .build import Built, cubin_for
 from .choice import Way, blocks_for, choose
 from .driver import Gpu
-from .prepared import PreparedCopy
+from .layered import LayeredCopy
+from .prepared import PreparedCopy, PreparedLayers
 from .staging import Area, Passed, Staging
 
 if TYPE_CHECKING:
@@ -35,7 +37,9 @@ class Memory(Protocol):
 
 
 class CudaCopier:
-    """The copies of one GPU. Safe for many threads; lives until the GPU is past its copies, for which `close` waits.
+    """The copies of one GPU. Safe for many threads, but for `close`; lives until the GPU is past its copies.
+
+    No call but `close` waits for the GPU, and none is made under a lock that another one takes.
 
     Args:
         device: the GPU.
@@ -59,7 +63,9 @@ class CudaCopier:
             self._gpu.load(self.built.cubin, self.built.source)
         self._memory = memory or _TorchMemory(index)
         self._staging: dict[int, Staging] = {}
+        self._used: dict[int, Stream] = {}
         self._seen = _Seen(self._gpu)
+        self._closed = False
 
     def copy(
         self,
@@ -84,23 +90,55 @@ class CudaCopier:
             Bytes that are read.
 
         Raises:
-            ValueError, IndexError: as `copy_pages`; or memory that the GPU does not reach. Nothing is enqueued.
+            ValueError, IndexError: as `copy_pages`; or memory that the GPU does not reach; or this is closed. Nothing
+                is enqueued.
             CudaError: the driver refused.
         """
+        self._require_open()
         prepared = PreparedCopy(plan, src, dst, scales)
         if prepared.run_count == 0:
             return 0
         onto: Stream = stream or self._memory.current_stream()
         with self._gpu.current():
-            sides = [src, dst] if scales is None else [src, dst, scales]
-            on_host = [self._seen.is_on_host(side) for side in sides]  # all are looked at
-            over_link = any(on_host)
-            if (way or self._choose(prepared, over_link)) is Way.ENGINE:
+            over_link = self._over_link(src, dst, scales)
+            if (way or self._choose(prepared, prepared.bytes, over_link)) is Way.ENGINE:
+                self._use(onto)
                 self._gpu.copy_batch(*prepared.runs(), onto.cuda_stream)
             else:
                 blocks = most_blocks or blocks_for(over_link=over_link, sms=self._gpu.sms)
                 self._launch(prepared, onto, blocks)
         return prepared.bytes
+
+    def layered(
+        self,
+        plan: CopyPlan,
+        src: PageLayout,
+        dst: PageLayout,
+        *,
+        scales: PageLayout | None = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> LayeredCopy:
+        """Plans the copies of all layers of the plan at once, and enqueues what their launches read.
+
+        Args:
+            scales: as of `copy_pages`.
+            stream: torch's, of all layers; None: the current one.
+
+        Raises:
+            ValueError, IndexError: as `copy`. Nothing is enqueued, of no layer.
+            CudaError: the driver refused.
+        """
+        self._require_open()
+        prepared = PreparedLayers(plan, src, dst, scales)
+        onto: Stream = stream or self._memory.current_stream()
+        if prepared.run_count == 0:
+            return self._layered(prepared, lambda _: None)
+        with self._gpu.current():
+            over_link = self._over_link(src, dst, scales)
+            if self._choose(prepared, prepared.layer_bytes, over_link) is Way.ENGINE:
+                return self._by_engine(prepared, onto)
+            blocks = blocks_for(over_link=over_link, sms=self._gpu.sms)
+            return self._by_kernel(prepared, onto, blocks)
 
     def copy_by_layer(
         self,
@@ -111,51 +149,121 @@ class CudaCopier:
         scales: PageLayout | None = None,
         stream: torch.cuda.Stream | None = None,
     ) -> list[Passed]:
-        """One launch a layer, so that attention on a layer may start while the next one is loading.
+        """Enqueues all layers of `layered` at once, in order.
 
         Returns:
             For each layer of the plan, in order, an event that is passed when it is there (a torch.cuda.Event).
+
+        Raises:
+            ValueError, IndexError: as `copy`. Nothing is enqueued, of no layer.
+            CudaError: the driver refused. Layers before it may have been enqueued: what `dst` holds is undefined, and
+                neither side may be freed before the stream is past them.
         """
         onto: Stream = stream or self._memory.current_stream()
-        layers = range(src.layers) if plan.layers is None else plan.layers
         events = []
-        for layer in layers:
-            one = replace(plan, layers=range(layer, layer + 1))
-            self.copy(one, src, dst, scales=scales, stream=onto)  # type: ignore[arg-type]
-            events.append(self._memory.passed(onto))
+        with self.layered(plan, src, dst, scales=scales, stream=onto) as copies:  # type: ignore[arg-type]
+            for layer in copies.layers:
+                copies.copy(layer)
+                events.append(self._memory.passed(onto))
         return events
 
     def close(self) -> None:
-        """Waits for what is under way, and gives the kernels back."""
-        for staging in self._staging.values():
-            staging.drain()
-        self._staging.clear()
-        self._gpu.unload()
+        """Waits for the streams that copies were enqueued on, and gives the kernels back.
 
-    def _choose(self, prepared: PreparedCopy, over_link: bool) -> Way:
+        No other call may be under way. Those that follow raise ValueError, of copies made by `layered` too.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            for stream in self._used.values():
+                self._memory.passed(stream).synchronize()
+        finally:
+            self._staging.clear()
+            self._gpu.unload()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ValueError("copier: it is closed")
+
+    def _over_link(self, src: PageLayout, dst: PageLayout, scales: PageLayout | None) -> bool:
+        """Whether memory of the host takes part. Raises ValueError where the GPU does not reach all of it."""
+        sides = [src, dst] if scales is None else [src, dst, scales]
+        on_host = [self._seen.is_on_host(side) for side in sides]  # all are looked at
+        return any(on_host)
+
+    def _choose(
+        self, prepared: PreparedCopy | PreparedLayers, bytes_moved: int, over_link: bool
+    ) -> Way:
         return choose(
             converts=prepared.converts,
-            bytes_moved=prepared.bytes,
+            bytes_moved=bytes_moved,
             runs=prepared.run_count,
             over_link=over_link,
             batched=self._gpu.batches,
         )
 
     def _launch(self, prepared: PreparedCopy, stream: Stream, most_blocks: int) -> None:
-        """Tables first, by a small copy on the same stream: the GPU reads them often, and not over the link."""
-        staging = self._staging_of(stream)
+        staging = self._use(stream)
         area = staging.take(prepared.table_bytes)
         try:
             launches = prepared.launches(area.host, area.device, most_blocks)
-            self._gpu.copy(area.device, area.host, prepared.table_bytes, stream.cuda_stream)
+            self._upload(area, prepared.table_bytes, stream)
             for launch in launches:
                 self._gpu.launch(launch, stream.cuda_stream)
         finally:
             staging.give(area, self._memory.passed(stream))
 
-    def _staging_of(self, stream: Stream) -> Staging:
-        """One for each stream: torch gives out memory that work on the asking stream may still use."""
+    def _by_kernel(self, prepared: PreparedLayers, stream: Stream, most_blocks: int) -> LayeredCopy:
+        staging = self._use(stream)
+        area = staging.take(prepared.table_bytes)
+
+        def enqueue(layer: int) -> None:
+            for launch in launches[layer]:
+                self._gpu.launch(launch, stream.cuda_stream)
+
+        def give() -> None:
+            with self._gpu.current():
+                staging.give(area, self._memory.passed(stream))
+
+        try:
+            launches = prepared.launches(area.host, area.device, most_blocks)
+            self._upload(area, prepared.table_bytes, stream)
+        except (ValueError, CudaError):
+            give()
+            raise
+        return self._layered(prepared, enqueue, give)
+
+    def _by_engine(self, prepared: PreparedLayers, stream: Stream) -> LayeredCopy:
+        copies = prepared.copies()
+        self._use(stream)
+
+        def enqueue(layer: int) -> None:
+            self._gpu.copy_batch(*copies[layer].runs(), stream.cuda_stream)
+
+        return self._layered(prepared, enqueue)
+
+    def _layered(
+        self,
+        prepared: PreparedLayers,
+        enqueue: Callable[[int], None],
+        done: Callable[[], None] = lambda: None,
+    ) -> LayeredCopy:
+        def within_the_context(layer: int) -> None:
+            self._require_open()
+            with self._gpu.current():
+                enqueue(layer)
+
+        return LayeredCopy(prepared.layers, prepared.layer_bytes, within_the_context, done)
+
+    def _upload(self, area: Area, size: int, stream: Stream) -> None:
+        """Tables first, by a small copy on the same stream: the GPU reads them often, and not over the link."""
+        self._gpu.copy(area.device, area.host, size, stream.cuda_stream)
+
+    def _use(self, stream: Stream) -> Staging:
+        """Memory for tables; of each stream its own: torch gives out what work on the asking one may still use."""
         key = stream.cuda_stream
+        self._used.setdefault(key, stream)
         if key not in self._staging:
             self._staging.setdefault(key, Staging(lambda size: self._memory.area(size, stream)))
         return self._staging[key]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from .. import _native
 from ..copy_plan import CopyPlan, native_arguments
@@ -22,6 +23,9 @@ class Launch:
     kernel: str
     params: bytes
     blocks: int
+
+
+_Made: TypeAlias = list[tuple[str, bytes, int]]  # what the native side makes
 
 
 class PreparedCopy:
@@ -54,8 +58,7 @@ class PreparedCopy:
             device: where a GPU will read them: the same memory, or what it is copied to before the launch.
             most_blocks: of a launch.
         """
-        made = self._plan.launches(host, device, most_blocks)
-        return [Launch(kernel, params, blocks) for kernel, params, blocks in made]
+        return _launches(self._plan.launches(host, device, most_blocks))
 
     def runs(self) -> tuple[list[int], list[int], list[int]]:
         """Destinations, sources and lengths of contiguous runs, those that follow one another joined.
@@ -64,3 +67,47 @@ class PreparedCopy:
             ValueError: the numbers are to be converted.
         """
         return self._plan.runs()
+
+
+class PreparedLayers:
+    """A plan and two layouts, made into launches or into runs of each layer; planned and checked once for all.
+
+    Attributes:
+        layers: of the plan.
+        converts: numbers become others on the way.
+        layer_bytes: that are read for one layer.
+        table_bytes: of memory that `launches` wants, on the host and on the GPU alike.
+        run_count: contiguous runs of a layer, before those that follow one another are joined.
+
+    Raises:
+        ValueError, IndexError: as `copy_pages`.
+    """
+
+    def __init__(
+        self, plan: CopyPlan, src: PageLayout, dst: PageLayout, scales: PageLayout | None
+    ) -> None:
+        self._plan = _native.LayeredPlan(*native_arguments(plan, src, dst, scales))
+        self._asked = plan, src, dst, scales
+        self.layers = range(src.layers) if plan.layers is None else plan.layers
+        self.converts = scales is not None
+        self.layer_bytes = self._plan.bytes
+        self.table_bytes = self._plan.table_bytes
+        self.run_count = self._plan.run_count
+
+    def launches(self, host: int, device: int, most_blocks: int) -> dict[int, list[Launch]]:
+        """Of each layer, as `PreparedCopy.launches`. They read one table, each its own part of it."""
+        made = _launches(self._plan.launches(host, device, most_blocks))
+        each = len(made) // len(self.layers)
+        return {layer: made[i * each : (i + 1) * each] for i, layer in enumerate(self.layers)}
+
+    def copies(self) -> dict[int, PreparedCopy]:
+        """Each layer's copy apart, for a copy engine."""
+        plan, src, dst, scales = self._asked
+        return {
+            layer: PreparedCopy(replace(plan, layers=range(layer, layer + 1)), src, dst, scales)
+            for layer in self.layers
+        }
+
+
+def _launches(made: _Made) -> list[Launch]:
+    return [Launch(kernel, params, blocks) for kernel, params, blocks in made]

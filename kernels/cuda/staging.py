@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Protocol
 
-SMALLEST = 64 << 10  # bytes: tables of about 2,000 pages on both sides
-MOST_UNDER_WAY = 64  # launches, before the next one waits for the first of them
+SMALLEST = 64 << 10  # bytes: tables of about 2,000 pages on both sides, with 80 layers
+MOST_KEPT = 4 << 20  # bytes that nothing uses; what is beyond goes back to torch
 
 
 class Passed(Protocol):
@@ -37,7 +36,9 @@ class Area:
 
 
 class Staging:
-    """Areas, taken for a launch and taken again when the GPU is past it. Safe for many threads.
+    """Areas, taken for a copy and taken again when the GPU is past it. Nothing here waits. Safe for many threads.
+
+    An area that is never given back stays allocated: the GPU may read it at any time.
 
     Args:
         make: a new area of at least so many bytes.
@@ -47,38 +48,35 @@ class Staging:
         self._make = make
         self._lock = Lock()
         self._free: list[Area] = []
-        self._busy: deque[tuple[Area, Passed]] = deque()
+        self._taken: dict[int, Area] = {}  # by their addresses on the host
+        self._busy: list[tuple[Area, Passed]] = []
 
     def take(self, size: int) -> Area:
-        """An area that nothing uses. Waits for the GPU where too much is under way."""
+        """The smallest area that is large enough and that nothing uses, or a new one."""
         with self._lock:
             self._collect()
-            for i, area in enumerate(self._free):
-                if area.size >= size:
-                    return self._free.pop(i)
-        return self._make(max(SMALLEST, 1 << (size - 1).bit_length()))
+            fit = [area for area in self._free if area.size >= size]
+            area = min(fit, key=lambda each: each.size, default=None)
+            if area is not None:
+                self._free.remove(area)
+                self._taken[area.host] = area
+                return area
+        area = self._make(max(SMALLEST, 1 << (size - 1).bit_length()))
+        with self._lock:
+            self._taken[area.host] = area
+        return area
 
     def give(self, area: Area, passed: Passed) -> None:
         """Back, to be taken again after this event."""
         with self._lock:
+            del self._taken[area.host]
             self._busy.append((area, passed))
 
-    def drain(self) -> None:
-        """Waits until the GPU uses none of it."""
-        with self._lock:
-            for _, passed in self._busy:
-                passed.synchronize()
-            self._collect()
-
     def _collect(self) -> None:
-        while len(self._busy) > MOST_UNDER_WAY:
-            area, passed = self._busy.popleft()
-            passed.synchronize()
-            self._free.append(area)
-        waiting = list(self._busy)
-        self._busy.clear()
-        for area, passed in waiting:  # of several streams, so in no order
-            if passed.query():
+        waiting = []
+        for area, passed in self._busy:  # of several threads, so in no order
+            if not passed.query():
+                waiting.append((area, passed))
+            elif sum(each.size for each in self._free) + area.size <= MOST_KEPT:
                 self._free.append(area)
-            else:
-                self._busy.append((area, passed))
+        self._busy = waiting

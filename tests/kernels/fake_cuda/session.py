@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lmcache_sglang.kernels.cuda.choice import Way
 from lmcache_sglang.kernels.cuda.copier import CudaCopier, Stream
 from lmcache_sglang.kernels.cuda.driver import Gpu
 from lmcache_sglang.kernels.cuda.staging import Area
+from lmcache_sglang.kernels.layout import PageLayout
 from lmcache_sglang.testing.torch_pools import (
     KINDS,
     Pool,
@@ -50,14 +52,16 @@ class OneStream:
 class Event:
     """Passed once `Session.run` has run."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session) -> None:
         self.done = False
+        self._session = session
 
     def query(self) -> bool:
         return self.done
 
     def synchronize(self) -> None:
-        assert self.done, "a GPU would be waited for"
+        self._session.waits += 1
+        self._session.run()
 
 
 class Session:
@@ -66,9 +70,11 @@ class Session:
     def __init__(self) -> None:
         self.stream = OneStream()
         self.pools: list[Pool] = []
+        self.ranges: list[tuple[int, int]] = []  # that launches may reach beside them
         self.events: list[Event] = []
         self.kernels: list[str] = []
         self.areas: list[Area] = []
+        self.waits = 0  # for the GPU
         kind = ctypes.CFUNCTYPE(
             None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
         )
@@ -100,14 +106,14 @@ class Session:
         return self.areas[-1]
 
     def passed(self, stream: Stream) -> Event:
-        self.events.append(Event())
+        self.events.append(Event(self))
         return self.events[-1]
 
     def current_stream(self) -> OneStream:
         return self.stream
 
     def _launch(self, kernel: bytes, params: int, blocks: int, threads: int) -> None:
-        memory = [area for pool in self.pools for area in pool.memory()]
+        memory = [area for pool in self.pools for area in pool.memory()] + self.ranges
         bytes_of_it = ctypes.string_at(params, 200)
         _, strays = _native.emulate(kernel.decode(), bytes_of_it, blocks, [], memory, workers)
         assert (strays, threads) == (0, _native.THREADS)
@@ -174,6 +180,114 @@ def one_launch_and_one_event_a_layer() -> None:
     assert len(events) == fake.fake_calls(b"launch") == SHAPE.layers
     session.run()
     assert dst.same(wanted)
+
+
+def eighty_layers_wait_for_nothing() -> None:
+    """One table, one small copy of it, one area; twice, with nothing done in between."""
+    session = Session()
+    shape = PoolShape(layers=80, heads=2)
+    src, dst = session.pool("page_first", HOST, shape), session.pool("device", DEVICE, shape)
+    for pages in [PAGES, PAGES[::-1]]:
+        plan = CopyPlan.of_pages(*pages, page_size=shape.page_size)
+        events = session.copier.copy_by_layer(plan, src.layout, dst.layout)
+        assert len(events) == shape.layers
+    assert (fake.fake_calls(b"launch"), fake.fake_calls(b"copy")) == (2 * shape.layers, 2)
+    assert (session.waits, len(session.areas)) == (0, 2)
+    wanted = dst.twin()
+    copy_by_torch(src, wanted, *PAGES, range(shape.layers))
+    copy_by_torch(src, wanted, *PAGES[::-1], range(shape.layers))
+    session.run()
+    assert dst.same(wanted)
+
+
+def every_layout_a_layer_at_a_time() -> None:
+    """In any order, of a part of the layers; each layer's launches copy that layer and nothing else."""
+    session = Session()
+    for host_kind, device_kind in product(KINDS, ["device", "blocks", "page_first_direct"]):
+        src = session.pool(host_kind, HOST, fill=1)
+        dst = session.pool(device_kind, DEVICE, fill=2)
+        wanted = dst.twin()
+        plan = plan_of(layers=range(1, SHAPE.layers))
+        with session.copier.layered(plan, src.layout, dst.layout) as copies:
+            for layer in reversed(copies.layers):
+                copies.copy(layer)
+                session.run()
+                copy_by_torch(src, wanted, *PAGES, range(layer, layer + 1))
+                assert dst.same(wanted), (host_kind, device_kind, layer)
+        session.run()
+    assert session.waits == 0
+    assert len(session.areas) == 1
+
+
+def rows_that_are_apart_in_some_layers_only() -> None:
+    """K and V of the first layer lie side by side and are one run; of the second they do not, and go apart."""
+    session = Session()
+    row = 64
+    memory = torch.arange(row * 8, dtype=torch.int64).view(torch.uint8).view(8, -1)[:, :row].clone()
+    fake.fake_register(memory.data_ptr(), memory.numel(), HOST)
+    out = torch.zeros_like(memory)
+    fake.fake_register(out.data_ptr(), out.numel(), DEVICE)
+    session.ranges += [(each.data_ptr(), each.numel()) for each in (memory, out)]
+
+    def layout(tensor: torch.Tensor, k: list[int], v: list[int]) -> PageLayout:
+        planes = [[tensor[i : i + 1].view(1, 1, row) for i in rows] for rows in (k, v)]
+        return PageLayout.device_pool(planes, page_size=1)
+
+    src, dst = layout(memory, [0, 2], [1, 5]), layout(out, [4, 0], [5, 7])
+    plan = CopyPlan.of_pages([0], [0], page_size=1)
+    session.copier.copy_by_layer(plan, src, dst)
+    session.run()
+    for a, b in [(0, 4), (1, 5), (2, 0), (5, 7)]:
+        assert torch.equal(out[b], memory[a])
+    assert not out[[1, 2, 3, 6]].any()
+
+
+def long_runs_of_a_layer_go_to_the_copy_engine() -> None:
+    session = Session()
+    shape = PoolShape(layers=4, page_size=16, heads=8, dims=(256, 256))
+    src = session.pool("page_first_direct", HOST, shape)
+    dst = session.pool("page_first_direct", DEVICE, shape, fill=2)
+    wanted = dst.twin()
+    copies = session.copier.layered(plan_of(shape), src.layout, dst.layout)
+    for layer in copies.layers:
+        copies.copy(layer)
+        session.run()
+        copy_by_torch(src, wanted, *PAGES, range(layer, layer + 1))
+        assert dst.same(wanted)
+    assert (fake.fake_calls(b"batch"), fake.fake_calls(b"launch")) == (shape.layers, 0)
+    assert session.areas == []
+
+
+def a_layer_at_a_time_converts_too() -> None:
+    session = Session()
+    shape = PoolShape(dims=(128, 128))
+    src = session.pool("device", DEVICE, shape)
+    for flat in src.flats:
+        flat.copy_(torch.randn(flat.shape))
+    small = [session.pool("records", HOST, replace(shape, dtype=torch.uint8)) for _ in range(2)]
+    scales = [session.pool("page_first", HOST, scales_shape(shape)) for _ in range(2)]
+    plan = plan_of(shape, convert=Convert.BF16_TO_E4M3)
+    session.copier.copy(plan, src.layout, small[0].layout, scales=scales[0].layout)
+    session.copier.copy_by_layer(plan, src.layout, small[1].layout, scales=scales[1].layout)
+    session.run()
+    assert small[0].same(small[1])
+    assert scales[0].same(scales[1])
+
+
+def a_copy_that_is_refused_enqueues_no_layer() -> None:
+    session = Session()
+    src, dst = session.pool("page_first", HOST), session.pool("device", DEVICE)
+    layered = partial(session.copier.layered, src=src.layout, dst=dst.layout)
+    must_fail(lambda: layered(plan_of(layers=range(1, 4))), ValueError, "layers: 1 to 4 of 3")
+    must_fail(lambda: layered(CopyPlan([0], [20])), IndexError, "dst_slots: 20 is not one of 20")
+    with layered(plan_of(layers=range(1, 3))) as copies:
+        must_fail(lambda: copies.copy(0), IndexError, "layer: 0 is none of range(1, 3)")
+        must_fail(lambda: copies.copy(3), IndexError, "layer: 3 is none of range(1, 3)")
+    must_fail(lambda: copies.copy(1), ValueError, "closed")
+    copies.close()
+    empty = layered(CopyPlan.of_pages([], [], page_size=4))
+    empty.copy(2)
+    assert fake.fake_calls(b"launch") == 0
 
 
 def tables_outlive_their_launches() -> None:
@@ -273,6 +387,28 @@ def closing_gives_it_all_back() -> None:
     assert (fake.fake_calls(b"unload"), fake.fake_calls(b"release")) == (1, 1)
 
 
+def closing_waits_for_what_is_under_way() -> None:
+    """Of kernels, of the copy engine and of a copy by layers that nobody closed, each on a stream of its own."""
+    session = Session()
+    src = session.pool("page_first", HOST)
+    into = [session.pool("page_first", DEVICE, fill=2) for _ in range(3)]
+    wanted = into[0].twin()
+    copy_by_torch(src, wanted, *PAGES, range(SHAPE.layers))
+    for way, dst, number in zip(Way, into, [11, 12], strict=False):
+        stream: Any = OneStream(number)
+        session.copier.copy(plan_of(), src.layout, dst.layout, way=way, stream=stream)
+    copies = session.copier.layered(plan_of(), src.layout, into[2].layout)
+    for layer in copies.layers:
+        copies.copy(layer)
+    session.copier.close()
+    assert session.waits == 3
+    assert all(dst.same(wanted) for dst in into)
+    again = partial(session.copier.copy, plan_of(), src.layout, into[0].layout)
+    must_fail(again, ValueError, "copier: it is closed")
+    must_fail(lambda: copies.copy(0), ValueError, "copier: it is closed")
+    copies.close()
+
+
 CHECKS = {
     check.__name__: check
     for check in [
@@ -280,12 +416,19 @@ CHECKS = {
         long_runs_go_to_the_copy_engine,
         an_older_driver_gets_single_copies,
         one_launch_and_one_event_a_layer,
+        eighty_layers_wait_for_nothing,
+        every_layout_a_layer_at_a_time,
+        rows_that_are_apart_in_some_layers_only,
+        long_runs_of_a_layer_go_to_the_copy_engine,
+        a_layer_at_a_time_converts_too,
+        a_copy_that_is_refused_enqueues_no_layer,
         tables_outlive_their_launches,
         conversions_there_and_back,
         memory_that_is_not_pinned_is_refused,
         nothing_to_copy_is_nothing_asked,
         what_the_driver_refuses_is_said,
         closing_gives_it_all_back,
+        closing_waits_for_what_is_under_way,
     ]
 }
 
