@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from .. import sglang_direct
 from ..errors import Reason, TierError
 from ..hicache import weights
 from .rank_content import scribble
@@ -93,10 +94,51 @@ class DirectTree(RankTree):
         """The tokens that a request is promised once it need not wait any longer."""
         request = self._request()
         self._match(tokens, request)
-        self._pump(lambda: self.cache.check_prefetch_progress(request.cache_request_handle))
+        self._pump(lambda: self._may_go(request))
         promised = int(self._match(tokens, request).host_hit_length)
         self.cache.linker.release_request(request.rid)
         return promised
+
+    def _may_go(self, request: Any) -> bool:
+        """As in a pass of the scheduler, in which this request is the only one that waits."""
+        self.linker.begin_pass(lambda: [request.rid], sglang_direct._agreeing(self.cache))
+        may_go = bool(self.cache.check_prefetch_progress(request.cache_request_handle))
+        self.linker.end_pass()
+        return may_go
+
+    def admit_together(self, tokens: list[int], requests: int) -> dict[str, int]:
+        """Several requests with one prompt arrive; the first loads it, and the others then find it on the device. What
+        is left of all of them."""
+        others = [self._request() for _ in range(requests - 1)]
+        for request in others:
+            self._match(tokens, request)
+        self.restore(tokens)
+        for request in others:
+            self._match(tokens, request)
+        sglang_direct._admitted(self.cache, self.linker, others)
+        return {
+            "leases": self._leases(),
+            "requests": len(self.linker._promises),
+            "markers": len(self.cache.linker.hit_markers),
+        }
+
+    def lose_what_the_device_had(self, tokens: list[int]) -> list[Any]:
+        """A request arrives, and before it is admitted the device evicts what it had of the prompt: what is promised
+        at once, whether it is to wait again, and what is promised then."""
+        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+        request = self._request()
+        self._match(tokens, request)
+        self._pump(lambda: self._may_go(request))
+        most = self.family.tokens
+        self.cache.evict(EvictParams(num_tokens=most, swa_num_tokens=most, mamba_num=most))
+        at_once = int(self._match(tokens, request).host_hit_length)
+        lost = self.linker.lost(request.rid)
+        self._pump(lambda: self._may_go(request))
+        then = int(self._match(tokens, request).host_hit_length)
+        lost_again = self.linker.lost(request.rid)
+        self.cache.linker.release_request(request.rid)
+        return [at_once, lost, then, lost_again, self._leases()]
 
     def load_back(self, tokens: list[int], damage: bool = False) -> Any:
         """Load what has landed of a prompt: its tokens on the device, and whether each pool holds what was written;
@@ -148,6 +190,8 @@ class DirectTree(RankTree):
         queued = self._leases()
         if cancel:
             self.cache.linker.release_request(request.rid)
+        else:
+            self.linker._cancel_all()  # what a reset does first; it then empties the landing, which ends all leases
         return {"promised": promised, "queued": queued, "left": self._leases()}
 
     def reset(self) -> None:

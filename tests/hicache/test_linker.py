@@ -253,10 +253,33 @@ def test_a_load_that_is_cancelled_or_reset_leaves_no_lease(
         ranks.call("prefetch", tokens)
         (leases,) = ranks.call("load_from", tokens, cancel)
         assert leases["promised"] >= leases["queued"] > 0
-        if cancel:
-            assert leases["left"] == 0
+        assert leases["left"] == 0
         ranks.call("reset")
         assert ranks.call("count_leases") == [0]
+
+
+@pytest.mark.parametrize("name", ["mha", "swa"])
+def test_requests_that_are_admitted_without_a_load_leave_nothing(
+    name: str, nursery: Nursery, direct: Store
+) -> None:
+    family = Family(name, 16, ranks=2)
+    with nursery.ranks(family, direct) as ranks:
+        stored_only(ranks, family)
+        nothing = {"leases": 0, "requests": 0, "markers": 0}
+        assert ranks.call("admit_together", prompt(family), 4) == [nothing] * 2
+
+
+def test_a_request_waits_again_whose_prefix_the_device_has_lost(
+    nursery: Nursery, direct: Store
+) -> None:
+    family = Family("mha", 16, ranks=2)
+    with nursery.ranks(family, direct) as ranks:
+        stored_only(ranks, family)
+        part = prompt(family, ENDS[0])
+        assert ranks.call("restore", part) == whole(family, ENDS[0])
+        ranks.call("unland")
+        answer = [0, True, PAGES * 16, False, 0]
+        assert ranks.call("lose_what_the_device_had", prompt(family)) == [answer] * 2
 
 
 # --- writing ---
