@@ -162,7 +162,8 @@ def _grouped(
     alike: dict[object, list[int]] = {}
     for layer, chosen in layers.items():
         alike.setdefault(tuple(runs[at].shape for at in chosen), []).append(layer)
-    places, groups = {}, []
+    places: dict[int, tuple[int, int]] = {}
+    groups: list[Group] = []
     for members in alike.values():
         places |= {layer: (len(groups), place) for place, layer in enumerate(members)}
         rows = [[runs[at] for at in layers[layer]] for layer in members]
