@@ -132,7 +132,7 @@ class Loading:
             if stream:
                 stream.synchronize()
             self.counter.complete(batch.index, layer)
-        wrong = sum(len(part.landing.damaged(part.lease.slots)) for part in batch.parts)
+        wrong = sum(len(part.landing.damaged(part.lease)) for part in batch.parts)
         if wrong:
             self._tell(wrong)
         return not wrong
