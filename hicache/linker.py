@@ -143,7 +143,7 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
             self._fetching.submit,
             self._patience,
             alone=alone,
-            hangs=self._chain.hangs,
+            hangs=self._fetching.hangs,
         )
         self._loading = Loading(self._group.num_layers, self._tell_of_damage)
         self._offloading = Offloading(self._chain, self._may_wait())
@@ -216,6 +216,10 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
     def is_ready(self, rid: str) -> bool:
         """Whether a request need not wait any longer for pages that are being fetched. For the plug-in."""
         return self._promises.is_ready(rid)
+
+    def lost(self, rid: str) -> bool:
+        """Whether a request should be held up after its turn's lookup, as that has begun a fetch. For the plug-in."""
+        return self._promises.lost(rid)
 
     def release(self, rid: str) -> None:
         """SGLang gives a request up. For the plug-in; without it the promise ends by itself."""
