@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FORGET_SECONDS = 60.0  # that a request holds pages which nobody asks for: others may need the room
 DROP_SECONDS = 3600.0  # after which nobody comes back for it
 BACK = 256  # pages that are looked at first for a window, from the end
-LAST, SCALE = 16, 2  # of the prefixes that are told to other ranks: restorable.thinned
+LAST, SCALE = 16, 4  # of the prefixes that are told to other ranks: restorable.thinned
 
 Leases = list[tuple["Landing", "Lease"]]
 
@@ -179,7 +179,9 @@ class Promises:
             lease = landing.hold(hashes[:pages], prefix=True)
             held.append((landing, lease))
             pages = restorable.leading(lease.slots != NOWHERE)
-        back = BACK if self._windowed and self._alone else pages
+        if not self._windowed:
+            return held, np.arange(pages if pages and self._alone else 1, pages + 1)
+        back = BACK if self._alone else pages
         while True:
             start = max(0, pages - back)
             leases, prefixes = self._ends_behind(start, hashes[start:pages], windows)

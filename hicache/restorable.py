@@ -71,13 +71,17 @@ def thinned(prefixes: Pages, last: int, scale: int) -> Pages:
         last: so many of each sparseness.
         scale: how much sparser the next is than the one before.
     """
-    chosen, run = prefixes[-last:], 1
+    if len(prefixes) <= last:
+        return prefixes
+    chosen, run = [prefixes[-last:]], 1
     while len(prefixes) > last:
         run *= scale
-        begins = np.diff(prefixes // run, prepend=-1) != 0
+        runs = prefixes // run
+        begins = np.ones(len(runs), bool)
+        np.not_equal(runs[1:], runs[:-1], out=begins[1:])
         prefixes = prefixes[begins]
-        chosen = np.union1d(chosen, prefixes[-last:])
-    return chosen
+        chosen.append(prefixes[-last:])
+    return np.unique(np.concatenate(chosen))
 
 
 def block_groups(here: Sequence[bool], group: int, pages: int) -> int:

@@ -40,7 +40,7 @@ def test_all_pages_allows_what_comes_before_the_first_gap(share: float) -> None:
         )
 
 
-@pytest.mark.parametrize(("last", "scale"), [(16, 2), (4, 16)])
+@pytest.mark.parametrize(("last", "scale"), [(16, 4), (4, 16)])
 def test_ranks_that_choose_some_of_their_prefixes_choose_a_long_one_in_common(
     last: int, scale: int
 ) -> None:
