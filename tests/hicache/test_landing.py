@@ -154,6 +154,14 @@ def test_a_whole_page_in_the_record_of_another_is_damage() -> None:
     assert here(landing, ["b"]) == [True]
 
 
+def test_nothing_of_a_lease_is_whole_after_the_landing_was_emptied() -> None:
+    """Whoever emptied it did not mean these pages to be used, though nothing lies over them yet."""
+    landing = Landing(2, SIZE)
+    lease = land(landing, ["a", "b"])
+    landing.empty()
+    assert sorted(landing.damaged(lease)) == [0, 1]
+
+
 def test_a_record_that_is_given_away_without_its_lease_is_damage() -> None:
     landing = Landing(1, SIZE)
     old = land(landing, ["a"])

@@ -15,6 +15,7 @@ import torch
 
 from lmcache_sglang.hicache.fetching import Fetch, Fetching
 from lmcache_sglang.hicache.landing import Landing
+from lmcache_sglang.hicache.lookup import look_up
 from lmcache_sglang.hicache.promises import DROP_SECONDS, FORGET_SECONDS, Patience, Promises
 from lmcache_sglang.hicache.tiling import NOTHING
 from lmcache_sglang.kernels.pages import PageSegments
@@ -565,9 +566,18 @@ def test_records_are_given_back_when_pages_cannot_be_checked(
 # --- pools ---
 
 
-def test_a_pool_of_windows_that_comes_first_does_not_lead(made: list[Bench]) -> None:
+def test_a_pool_of_windows_that_comes_first_does_not_lead(
+    made: list[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor need there be one of the name "kv"."""
     asked: list[tuple[int, int]] = []
+    leading: list[bytes] = []
+
+    def spied(chain: Chain, wanted: Sequence[Any]) -> Any:
+        leading.append(wanted[0].standing.namespace)
+        return look_up(chain, wanted)
+
+    monkeypatch.setattr("lmcache_sglang.hicache.fetching.look_up", spied)
 
     def pays(rates: list[Any], page_bytes: int, page_tokens: int, last: bytes) -> int:
         asked.append((len(rates), page_tokens))
@@ -579,6 +589,7 @@ def test_a_pool_of_windows_that_comes_first_does_not_lead(made: list[Bench]) -> 
     test.ask()
     test.settle()
     assert asked == [(10, 16)]
+    assert leading == [NAMES["c4"]]
     assert test.ask() == [6]
 
 
@@ -595,6 +606,21 @@ def test_a_window_is_found_however_far_it_lies_from_the_end(
         assert test.ask(window=3) == [end]
         test.promises.end("r")
         assert test.leased == 0
+
+
+def test_of_a_window_that_is_there_in_part_nothing_is_promised(
+    made: list[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_sglang.hicache.promises.BACK", 1)
+    test = bench(made, windowed=True)
+    test.store(range(12))
+    test.store(range(3, 6), "swa")
+    test.store(range(11, 12), "swa")
+    for rid, window in (("another", 1), ("r", 3)):
+        test.ask(rid, window=window)
+        test.settle()
+    assert test.ask("another", window=1) == [12]
+    assert test.ask("r", window=3) == [6]
 
 
 def test_ranks_find_a_common_end_though_one_lacks_many(made: list[Bench]) -> None:
