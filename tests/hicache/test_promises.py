@@ -141,6 +141,36 @@ def test_ranks_that_must_agree_are_told_every_prefix(made: list[Bench]) -> None:
     assert test.ask() == [1, 2, 3]
 
 
+def test_of_many_prefixes_ranks_are_told_few(made: list[Bench]) -> None:
+    """SGLang sets an element of a tensor for each."""
+    test = bench(made, room=250, alone=False)
+    pages = [hashlib.sha256(f"one of many: {page}".encode()).hexdigest() for page in range(250)]
+    test.store(range(250), names=pages)
+    test.promises.look_up("r", pages, {})
+    test.settle()
+    told = test.promises.look_up("r", pages, {})
+    assert told == sorted(told)
+    assert told[-16:] == list(range(235, 251))
+    assert len(told) < 50
+
+
+def test_of_windows_far_from_the_end_nothing_is_leased(made: list[Bench]) -> None:
+    """One rank needs only the last."""
+    test = bench(made, windowed=True)
+    test.store(range(12))
+    for pages in (4, 12):
+        test.store(range(pages - 2, pages), "swa")
+        test.ask(str(pages), pages=pages)
+        test.settle()
+    test.promises.end_all()
+    test.promises._fetch = test.fetched.append
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lmcache_sglang.hicache.promises.BACK", 2)
+        assert test.ask() == [12]
+    assert test.landings["swa"].leased == 2
+    assert len(test.landings["swa"]) == 4
+
+
 def test_a_window_that_is_whole_in_places_makes_the_prefixes_sparse(made: list[Bench]) -> None:
     test = bench(made, windowed=True, alone=False)
     test.store(range(10))
