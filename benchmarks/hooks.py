@@ -4,11 +4,13 @@
 
 Each is called as SGLang calls it, with nothing of SGLang's own work behind it. The last one of the hooks is a page's
 part of a prefix of 250,000 tokens, of which listeners to KV events are told. Below them are the calls of the direct
-path's linker, for a prefix of so many pages in all.
+path's linker, for a prefix of so many pages in all, and its lookups where a model has windows too, or ranks must agree.
+The last one is on the fetching thread, with the lock that lookups need.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import statistics
 import time
@@ -24,6 +26,7 @@ from sglang.srt.mem_cache.hybrid_cache.linker_pool_assembler import DevicePoolGr
 
 from lmcache_sglang import sglang_plugin as plugin
 from lmcache_sglang.hicache import events, patience
+from lmcache_sglang.hicache.fetching import Fetch
 from lmcache_sglang.hicache.landing import Landing
 from lmcache_sglang.hicache.linker import LMCacheLinker
 from lmcache_sglang.hicache.offloading import Offloading
@@ -55,14 +58,13 @@ def of_each_hook() -> dict[str, float]:
     controller = SimpleNamespace(storage_backend_type=plugin.NAME)
     cache = SimpleNamespace(cache_controller=controller, page_size=PAGE_SIZE)
     metrics = Statistics(True, dict)
+    told_nobody = microseconds(lambda: plugin._tell_of_restored(lambda *_: None, cache, operation))
     return {
         "a prefix is given up": microseconds(lambda: plugin._give_up(None, operation)),
         "a prefill batch ended": microseconds(lambda: plugin._note_the_speed(None, batch, stats)),
         "metrics are asked for": microseconds(metrics.take),
         "KV events are taken, none of ours": microseconds(lambda: plugin._add_events([])),
-        "a prefix was restored, nobody listens": microseconds(
-            lambda: plugin._tell_of_restored(lambda *_: None, cache, operation)
-        ),
+        "a prefix was restored, nobody listens": told_nobody,
         "a prefix was restored, a page, to who listens": a_page_told(),
     }
 
@@ -85,19 +87,16 @@ def a_page_told() -> float:
 
 DIRECT_PAGES = 256
 PAGE_BYTES = 512
+WINDOW = 8  # pages
+RECORDS = 1 << 18  # of a landing of 4 GiB of pages of 16 KiB
+BATCH = 128  # pages that are read at once
 
 
 def of_each_call_of_the_linker(pages: int = DIRECT_PAGES) -> dict[str, float]:
     """By what happens; of a prefix of so many pages, all of them landed but where it says otherwise."""
     hashes = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(2 * pages)]
-    landing = Landing(2 * pages, PAGE_BYTES)
-    room = landing.take(pages)
-    keys = [page_hash.encode()[:48] for page_hash in hashes[:pages]]
-    landing.let_go(landing.came(room, hashes[:pages], keys, [True] * pages))
-    promises = Promises(
-        {"kv": landing}, (), lambda _: None, Patience(), alone=True, hangs=lambda: False
-    )
-    linker = _linker(landing, promises)
+    landing = _landed(hashes[:pages])
+    linker = _linker(landing, _promises({"kv": landing}, alone=True))
     calls = {
         "a lookup, all landed": lambda: linker.lookup("landed", _transfers(hashes[:pages])),
         "a lookup, none landed": lambda: linker.lookup("waits", _transfers(hashes[pages:])),
@@ -107,6 +106,60 @@ def of_each_call_of_the_linker(pages: int = DIRECT_PAGES) -> dict[str, float]:
         "is an offload done": linker.num_completed_offloads,
     }
     return {what: microseconds(call) for what, call in calls.items()}
+
+
+def of_each_kind_of_lookup(pages: int = DIRECT_PAGES) -> dict[str, float]:
+    """By what the engine is; all pages have landed, but for windows those that a fetch reads."""
+    hashes = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(pages)]
+    landings = {"kv": _landed(hashes), "swa": _landed(hashes[-WINDOW:])}
+    every = {"kv": _landed(hashes), "swa": _landed(hashes)}
+    kinds = {
+        "with windows": _promises(landings, alone=True),
+        "of several ranks": _promises({"kv": landings["kv"]}, alone=False),
+        "with windows, of several ranks": _promises(every, alone=False),
+    }
+    windows = {"swa": WINDOW}
+    calls: dict[str, Callable[[], object]] = {
+        f"a lookup {what}": functools.partial(promises.look_up, "r", hashes, windows)
+        for what, promises in kinds.items()
+    }
+    lacking = _promises({"kv": Landing(1, PAGE_BYTES)}, alone=True)
+    lacking.look_up("r", hashes, windows)
+    calls["a lookup, the device prefix lost"] = lambda: _lose(lacking, hashes)
+    return {what: microseconds(call) for what, call in calls.items()}
+
+
+def _lose(promises: Promises, hashes: list[str]) -> None:
+    """The first page was not among those of the fetch before, all of which are compared with it."""
+    promises._requests["r"].fetch = Fetch(tuple(hashes[1:]), {})
+    promises.look_up("r", hashes, {})
+
+
+def a_batch_taken() -> float:
+    """Room for a batch, from a landing that many prompts have come and gone in."""
+    landing = Landing(RECORDS, 64)
+
+    def take() -> None:
+        room = landing.take(BATCH)
+        landing.let_go(room)
+
+    return microseconds(take)
+
+
+def _landed(hashes: list[str]) -> Landing:
+    """A landing with these pages, and room for as many."""
+    pages = len(hashes)
+    landing = Landing(2 * pages, PAGE_BYTES)
+    keys = [page_hash.encode()[:48] for page_hash in hashes]
+    landing.let_go(landing.came(landing.take(pages), hashes, keys, [True] * pages))
+    return landing
+
+
+def _promises(landings: dict[str, Landing], *, alone: bool) -> Promises:
+    windowed = [name for name in landings if name != "kv"]
+    return Promises(
+        landings, windowed, lambda _: None, Patience(), alone=alone, hangs=lambda: False
+    )
 
 
 def _linker(landing: Landing, promises: Promises) -> Any:
@@ -143,8 +196,10 @@ def main() -> None:
     for what, cost in of_each_hook().items():
         print(f"{cost:6.2f} µs  {what}")
     for pages in (DIRECT_PAGES, 16 * DIRECT_PAGES):
-        for what, cost in of_each_call_of_the_linker(pages).items():
+        costs = of_each_call_of_the_linker(pages) | of_each_kind_of_lookup(pages)
+        for what, cost in costs.items():
             print(f"{cost:6.2f} µs  {what}, {pages} pages")
+    print(f"{a_batch_taken():6.2f} µs  room for {BATCH} pages is taken of {RECORDS} records")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
 from typing import TYPE_CHECKING
 
-from ..storage.base import Cancel, Limits
+import numpy as np
+
+from ..storage.base import PAGE_HASH_BYTES, Cancel, Limits
+from ..storage.overdue import Overdue
+from ..storage.seldom import Seldom
 from . import restorable
 from .assembly import fill_gaps
 from .guard import harmless
@@ -23,6 +28,8 @@ from .landing import NOWHERE, Landing, Lease
 from .lookup import Found, Wanted, look_up
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ..storage.chain import Chain
     from .device_pools import DevicePool
     from .recompute import Recompute
@@ -33,40 +40,73 @@ logger = logging.getLogger(__name__)
 BATCH_BYTES = 16 << 20  # read at once, after which a fetch looks whether it was given up
 BATCH_PAGES = 128
 TIDY_SECONDS = 15.0
-ENDS = (
-    4  # places where a prefix may end whose windows are read, so that ranks find one that all have
-)
+# Places where a prefix may end whose windows are read, so that ranks find one that all have: restorable.thinned.
+ENDS, ENDS_SCALE = 4, 16
 LOOK_EVERY_SECONDS = 1.0  # for what engines of other topologies store
+LOOK_SECONDS = 5.0  # that this takes at most, unless the disk hangs
 
 
 class Fetch:
-    """What one request waits for.
+    """What one request waits for. Once it is over it takes 32 bytes a page, as requests wait in thousands.
+
+    Attributes:
+        pages: that it is of.
+        windows: of each pool that needs only the last pages of a prefix, how many.
 
     Args:
         hashes: of the pages behind what the device has, without a gap.
-        windows: of each pool that needs only the last pages of a prefix, how many.
     """
 
     def __init__(self, hashes: tuple[str, ...], windows: dict[str, int]) -> None:
-        self.hashes = hashes
+        self.pages = len(hashes)
         self.windows = windows
         self.cancel = Cancel()
+        self._hashes = hashes  # none once it is over
+        self._packed = b""  # the same, from when it begins
         self._over = Event()
-        self._among: frozenset[str] | None = None  # of the hashes, made by the fetching thread
         self._lock = Lock()
         self._leases: list[tuple[Landing, Lease]] = []
         self._is_closed = False
+        self._full: set[Landing] = set()
 
     @property
     def is_over(self) -> bool:
         return self._over.is_set()
 
-    def asked_for(self, page_hash: str) -> bool:
-        """Whether a page is among its pages; taken to be until that is known."""
-        return self._among is None or page_hash in self._among
+    @property
+    def was_short(self) -> bool:
+        """Whether pages did not come for want of room."""
+        return bool(self._full)
 
-    def begin(self) -> None:
-        self._among = frozenset(self.hashes)
+    @property
+    def has_room_now(self) -> bool:
+        """Whether there is some where there was none."""
+        return all(landing.has_room for landing in self._full)
+
+    def asked_for(self, page_hash: str) -> bool:
+        """Whether a page is among its pages."""
+        # Where one hash ends and the next begins need not be looked at: they are not found by chance.
+        return page_hash in self._hashes or bytes.fromhex(page_hash) in self._packed
+
+    def begin(self) -> tuple[tuple[str, ...], list[bytes]]:
+        """The hashes of its pages, as SGLang and as the store has them. On the fetching thread, as it takes long."""
+        raw = [bytes.fromhex(page_hash) for page_hash in self._hashes] or _unpacked(self._packed)
+        self._packed = b"".join(raw)
+        self._hashes = self._hashes or tuple(page_hash.hex() for page_hash in raw)
+        return self._hashes, raw
+
+    def again(self) -> Fetch:
+        """The same once more, after it is over. What came stays leased, now by the new one."""
+        fetch = Fetch((), self.windows)
+        fetch.pages, fetch._hashes, fetch._packed = self.pages, self._hashes, self._packed
+        fetch.take_over(self)
+        return fetch
+
+    def take_over(self, before: Fetch) -> None:
+        """In place of one that ends here: what came of it stays leased until this one lets go."""
+        before.give_up()
+        for landing, lease in before._close():
+            self.keep(landing, lease)
 
     def keep(self, landing: Landing, lease: Lease) -> None:
         """Hold on to a lease until `let_go`, or give it back at once after that."""
@@ -76,11 +116,16 @@ class Fetch:
                 return
         landing.let_go(lease)
 
+    def found_full(self, landing: Landing) -> None:
+        self._full.add(landing)
+
     def give_up(self) -> None:
         """Begin no more reads."""
         self.cancel.set()
 
     def end(self) -> None:
+        if self._packed:
+            self._hashes = ()
         self._over.set()
 
     def wait(self, seconds: float) -> bool:
@@ -89,10 +134,24 @@ class Fetch:
 
     def let_go(self) -> None:
         """Give back all leases, also those that are still to come."""
+        for landing, lease in self._close():
+            landing.let_go(lease)
+
+    def rest(self) -> None:
+        """After it is over: let go, and take no more memory than one that was begun."""
+        if self._hashes:
+            self.begin()
+            self.end()
+        self.let_go()
+
+    def _close(self) -> list[tuple[Landing, Lease]]:
         with self._lock:
             leases, self._leases, self._is_closed = self._leases, [], True
-        for landing, lease in leases:
-            landing.let_go(lease)
+        return leases
+
+
+def _unpacked(packed: bytes) -> list[bytes]:
+    return [packed[at : at + PAGE_HASH_BYTES] for at in range(0, len(packed), PAGE_HASH_BYTES)]
 
 
 class Fetching:
@@ -100,8 +159,9 @@ class Fetching:
 
     Args:
         chain: the tiers.
-        pools: by name, each with its landing; "kv" first.
-        windowed: those pools of which a prefix needs only its last pages.
+        pools: by name, each with its landing.
+        windowed: those pools of which a prefix needs only its last pages. The first of the others leads: behind a gap
+            in it nothing is of use, and what its pages cost to read says how many are worth it.
         recompute: says how much is worth reading; None: all.
         look_around: takes note of what other topologies store.
         tidy: called now and then.
@@ -119,13 +179,16 @@ class Fetching:
         *,
         alone: bool,
     ) -> None:
-        self._ends = 1 if alone else ENDS
+        self._alone = alone
         self._chain = chain
-        self._pools = pools
-        self._windowed = windowed
+        self._whole = [name for name in pools if name not in windowed]  # every page of these
+        self._windowed = [name for name in pools if name in windowed]
+        self._pools = {name: pools[name] for name in (*self._whole, *self._windowed)}
         self._recompute = recompute
         self._look_around = look_around
         self._tidy = tidy
+        self._overdue = Overdue()
+        self._seldom = Seldom()
         self._queue: SimpleQueue[Fetch | None] = SimpleQueue()
         self._tidied = time.monotonic()
         self._thread = threading.Thread(target=self._serve, name="lmcache-fetch", daemon=True)
@@ -133,6 +196,11 @@ class Fetching:
 
     def submit(self, fetch: Fetch) -> None:
         self._queue.put(fetch)
+
+    def hangs(self) -> bool:
+        """Whether what was submitted may not end: a call to a tier or to the store's folder has not come back in
+        time, or the thread is gone."""
+        return self._chain.hangs() or bool(self._overdue) or not self._thread.is_alive()
 
     def close(self) -> None:
         """Returns once nothing more is read. Idempotent."""
@@ -155,118 +223,136 @@ class Fetching:
             if time.monotonic() - self._tidied > TIDY_SECONDS:
                 self._tidy_up()
 
+    @harmless
     def _tidy_up(self) -> None:
         self._tidied = time.monotonic()
         self._tidy()
 
     @harmless
     def _run(self, fetch: Fetch) -> None:
-        fetch.begin()
         if fetch.cancel.is_set():
             return
-        self._look_around()
-        standings = {name: pool.standing for name, (pool, _) in self._pools.items()}
-        raw = [bytes.fromhex(page_hash) for page_hash in fetch.hashes]
-        here = self._here(fetch, standings, raw)
-        prefixes = self._prefixes(fetch, here)
-        pages = prefixes[-1] if prefixes else 0
-        for name in self._pools:
-            if name not in self._windowed and pages:
-                pages = self._bring(fetch, name, standings[name], raw, range(pages))
-        ends = [prefix for prefix in prefixes if prefix <= pages][-self._ends :]
-        for name in self._windowed:
-            for end in reversed(ends):
+        reading = _Reading(fetch, *fetch.begin())
+        with self._overdue.expected(LOOK_SECONDS):
+            self._look_around()
+        reading.standings = {name: pool.standing for name, (pool, _) in self._pools.items()}
+        prefixes = self._prefixes(fetch, self._here(reading))
+        pages = prefixes[-1] if len(prefixes) else 0
+        for name in self._whole if pages else ():
+            pages = self._bring(reading, name, range(pages))
+        for end in reversed(self._ends(prefixes[prefixes <= pages])):
+            for name in self._windowed:
                 window = range(max(0, end - fetch.windows.get(name, 1)), end)
-                self._bring(fetch, name, standings[name], raw, window)
+                self._bring(reading, name, window)
 
-    def _here(
-        self, fetch: Fetch, standings: Mapping[str, Standing], raw: list[bytes]
-    ) -> dict[str, list[bool]]:
+    def _ends(self, prefixes: restorable.Pages) -> list[int]:
+        chosen = prefixes[-1:] if self._alone else restorable.thinned(prefixes, ENDS, ENDS_SCALE)
+        return [int(end) for end in chosen]
+
+    def _here(self, reading: _Reading) -> dict[str, NDArray[np.bool_]]:
         """Of each pool which pages the tiers or the landing have."""
-        wanted = [Wanted(standings[name], raw) for name in self._pools]
+        wanted = [Wanted(reading.standings[name], reading.raw) for name in self._pools]
         answers, _ = look_up(self._chain, wanted)
-        here: dict[str, list[bool]] = {}
+        here: dict[str, NDArray[np.bool_]] = {}
         for (name, (_, landing)), found in zip(self._pools.items(), answers, strict=True):
-            lease = landing.hold(fetch.hashes, prefix=False)
-            fetch.keep(landing, lease)
-            landed = (lease.slots != NOWHERE).tolist()
-            stored = found.here
-            if name == "kv" and not any(landed):
-                worth = self._worth(found, raw)
-                stored[worth:] = [False] * (len(stored) - worth)
-            here[name] = [a or b for a, b in zip(landed, stored, strict=True)]
+            lease = landing.hold(reading.hashes, prefix=False)
+            reading.fetch.keep(landing, lease)
+            landed = lease.slots != NOWHERE
+            stored = np.array(found.here, bool)
+            if name in self._whole[:1] and not landed.any():
+                stored[self._worth(name, found, reading.raw) :] = False
+            here[name] = landed | stored
         return here
 
-    def _worth(self, found: Found, raw: list[bytes]) -> int:
-        """How many of the first KV pages it pays to read."""
-        boundary = restorable.all_pages(found.here).boundary
+    def _worth(self, name: str, found: Found, raw: list[bytes]) -> int:
+        """How many of the first pages of the pool that leads it pays to read."""
+        boundary = restorable.leading(np.array(found.here, bool))
         if self._recompute is None or not boundary:
             return boundary
-        pool, _ = self._pools["kv"]
+        pool, _ = self._pools[name]
         rates = [self._chain.rates[tier.name] for tier in found.tiers[:boundary]]
         tokens = pool.identity.page_size
         return self._recompute.pays(rates, pool.page_bytes, tokens, raw[-1])
 
-    def _prefixes(self, fetch: Fetch, here: Mapping[str, list[bool]]) -> list[int]:
-        boundaries = [
-            restorable.all_pages(its).boundary
-            for name, its in here.items()
-            if name not in self._windowed
-        ]
-        pages = min(boundaries, default=0)
-        allowed = frozenset(range(1, pages + 1))
+    def _prefixes(self, fetch: Fetch, here: Mapping[str, NDArray[np.bool_]]) -> restorable.Pages:
+        """Those that every pool allows, shortest first."""
+        pages = min((restorable.leading(here[name]) for name in self._whole), default=fetch.pages)
+        allowed = np.ones(pages, bool)
         for name in self._windowed:
             window = fetch.windows.get(name, 1)
-            allowed &= restorable.trailing_pages(here[name][:pages], window).prefixes
-        return sorted(allowed)
+            allowed &= restorable.whole_windows(here[name][:pages], window)
+        return restorable.ends(allowed)
 
-    def _bring(
-        self, fetch: Fetch, name: str, standing: Standing, raw: list[bytes], span: range
-    ) -> int:
+    def _bring(self, reading: _Reading, name: str, span: range) -> int:
         """Read those of some pages that have not landed; the end of what is here of them, without a gap."""
         pool, landing = self._pools[name]
-        lease = landing.hold(fetch.hashes[span.start : span.stop], prefix=False)
+        fetch = reading.fetch
+        lease = landing.hold(reading.hashes[span.start : span.stop], prefix=False)
         fetch.keep(landing, lease)
         missing = [span[i] for i, slot in enumerate(lease.slots.tolist()) if slot == NOWHERE]
         for batch in _batches(missing, pool.page_bytes):
             came = 0
             if not fetch.cancel.is_set():
-                came = self._read(fetch, pool, landing, standing, raw, batch)
+                came = self._read(reading, name, batch)
             if came < len(batch):
                 return batch[came]
         return span.stop
 
-    def _read(
-        self,
-        fetch: Fetch,
-        pool: DevicePool,
-        landing: Landing,
-        standing: Standing,
-        raw: list[bytes],
-        batch: list[int],
-    ) -> int:
+    def _read(self, reading: _Reading, name: str, batch: list[int]) -> int:
         """Bring one run of pages to the landing; how many of the first of them came."""
+        _, landing = self._pools[name]
         room = landing.take(len(batch))
+        if len(room.slots) < len(batch):
+            self._note_full(reading.fetch, name)
         batch = batch[: len(room.slots)]
         if not batch:
             return 0
-        chosen = raw[batch[0] : batch[-1] + 1]
-        before = raw[batch[0] - 1] if batch[0] else b""
-        keys = [standing.namespace + page_hash for page_hash in chosen]
-        places, limits = landing.places(room), Limits(None, fetch.cancel)
-        parent = standing.namespace + before if before else b""
         try:
-            whole = self._chain.get(keys, places, parent=parent, limits=limits)
-            if not all(whole):
-                whole = fill_gaps(self._chain, standing, chosen, before, places, whole, limits)
+            whole, came = self._fill(reading, name, room, range(batch[0], batch[-1] + 1))
         except BaseException:
             landing.let_go(room)
             raise
+        reading.fetch.keep(landing, came)
+        return whole.index(False) if False in whole else len(whole)
+
+    def _fill(
+        self, reading: _Reading, name: str, room: Lease, span: range
+    ) -> tuple[list[bool], Lease]:
+        """Read pages into records; which of them came, and their lease in place of that of the records."""
+        pool, landing = self._pools[name]
+        standing = reading.standings[name]
+        chosen = reading.raw[span.start : span.stop]
+        before = reading.raw[span.start - 1] if span.start else b""
+        keys = [standing.namespace + page_hash for page_hash in chosen]
+        places, limits = landing.places(room), Limits(None, reading.fetch.cancel)
+        parent = standing.namespace + before if before else b""
+        whole = self._chain.get(keys, places, parent=parent, limits=limits)
+        if not all(whole):
+            whole = fill_gaps(self._chain, standing, chosen, before, places, whole, limits)
         if pool.namespace != standing.namespace:  # the weights were replaced meanwhile
             whole = [False] * len(whole)
-        hashes = fetch.hashes[batch[0] : batch[-1] + 1]
-        fetch.keep(landing, landing.came(room, hashes, keys, whole))
-        return whole.index(False) if False in whole else len(whole)
+        return whole, landing.came(room, reading.hashes[span.start : span.stop], keys, whole)
+
+    def _note_full(self, fetch: Fetch, name: str) -> None:
+        _, landing = self._pools[name]
+        fetch.found_full(landing)
+        if self._seldom.due(name):
+            logger.info(
+                "lmcache: the landing of pool %s (%d pages) is full of what waiting requests were promised: others are "
+                'restored in part, or computed. "direct": {"landing": SIZE} makes it larger',
+                name,
+                len(landing.records),
+            )
+
+
+@dataclass
+class _Reading:
+    """One fetch while it is worked on. Args: raw: the hashes as the store has them."""
+
+    fetch: Fetch
+    hashes: tuple[str, ...]
+    raw: list[bytes]
+    standings: dict[str, Standing] = field(default_factory=dict)
 
 
 def _batches(pages: Sequence[int], page_bytes: int) -> Iterator[list[int]]:

@@ -2,7 +2,11 @@
 
 One `Landing` a pool: records of one size, each with the checksum that it had when it came. What a lookup promised
 is *leased*: a record with a lease stays, so a load of it needs no tier and cannot miss. Of the others the one that
-was asked for longest ago gives way first.
+was let go longest ago gives way first, and of one prompt the end before the beginning (idle.py).
+
+A lease names the *generation* of each of its records, which changes when a record is given to another page, and the
+*age* of the landing, which changes when it is emptied. So whoever has copied a record knows whether it was the page
+that was promised, whatever happened to the leases meanwhile.
 
 The scheduler's thread asks, and the fetching and loading threads fill and let go; the lock is held for a few
 operations on arrays, never while bytes are moved.
@@ -20,6 +24,7 @@ import numpy as np
 import torch
 
 from ..kernels.pages import PageSegments, checksums
+from .idle import NOWHERE, Idle
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,14 +32,21 @@ if TYPE_CHECKING:
 
     Slots = NDArray[np.int64]
 
-NOWHERE = -1
+__all__ = ["NOWHERE", "Landing", "Lease"]
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Records that stay until it is given back. Args: age: how often the landing had been emptied."""
+    """Records that stay until it is given back.
+
+    Attributes:
+        slots: the records; NOWHERE for a page that has none.
+        generations: of each of them; of NOWHERE any number.
+        age: how often the landing had been emptied.
+    """
 
     slots: Slots
+    generations: Slots
     age: int
 
 
@@ -53,9 +65,9 @@ class Landing:
         self._hashes: list[str] = [""] * pages
         self._keys: list[bytes] = [b""] * pages  # in the store, with which checksums are seeded
         self._sums = np.zeros(pages, np.uint64)
+        self._generations = np.zeros(pages, np.int64)
         self._leases = np.zeros(pages, np.int32)
-        self._asked = np.full(pages, NOWHERE, np.int64)  # when last; NOWHERE: the record is empty
-        self._clock = 0
+        self._idle = Idle(pages)  # those without a lease
         self._age = 0
 
     def __len__(self) -> int:
@@ -67,8 +79,13 @@ class Landing:
         """Records that may not go."""
         return int(np.count_nonzero(self._leases))
 
+    @property
+    def has_room(self) -> bool:
+        """Whether any record may go. Looks at all of them."""
+        return self.leased < len(self._leases)
+
     def hold(self, hashes: Sequence[str], *, prefix: bool) -> Lease:
-        """Lease what is here of some pages. Costs the caller a twentieth of a microsecond a page.
+        """Lease what is here of some pages, none of which is named twice.
 
         Args:
             prefix: only up to the first that is not here.
@@ -84,28 +101,23 @@ class Landing:
                 slots[int(missing.argmax()) :] = NOWHERE
             here = slots[slots != NOWHERE]
             self._leases[here] += 1
-            self._clock += 1
-            self._asked[here] = self._clock
-            return Lease(slots, self._age)
+            self._idle.remove(here)
+            return self._lease(slots)
 
     def let_go(self, lease: Lease) -> None:
         """Give a lease back, once."""
         with self._lock:
             if lease.age == self._age:
-                self._leases[lease.slots[lease.slots != NOWHERE]] -= 1
+                self._give_back(lease.slots[lease.slots != NOWHERE])
 
     def take(self, pages: int) -> Lease:
         """Room for new pages, leased: as many as can give way for them."""
         with self._lock:
-            free = np.flatnonzero(self._leases == 0)
-            if 0 < pages < len(free):
-                oldest = np.argpartition(self._asked[free], pages - 1)[:pages]
-                free = free[oldest]
-            free = free[:pages].astype(np.int64)
-            for slot in free.tolist():
+            slots = self._idle.take(pages)
+            for slot in slots.tolist():
                 self._forget(slot)
-            self._leases[free] += 1
-            return Lease(free, self._age)
+            self._leases[slots] = 1
+            return self._lease(slots)
 
     def came(
         self, lease: Lease, hashes: Sequence[str], keys: Sequence[bytes], whole: Sequence[bool]
@@ -117,32 +129,38 @@ class Landing:
             whole: which of them came.
 
         Returns:
-            The lease of those that came, in order.
+            The lease of those that came, in order. Where this fails, the records are as they were taken.
         """
-        kept = [i for i, is_whole in enumerate(whole) if is_whole]
-        slots = lease.slots[kept]
+        came = np.asarray(whole, bool)
+        kept = np.flatnonzero(came).tolist()
+        slots = lease.slots[came]
         sums = self._checksums(slots.tolist(), [keys[i] for i in kept])
         with self._lock:
             if lease.age != self._age:
-                return Lease(np.empty(0, np.int64), self._age)
-            self._leases[lease.slots] -= 1
-            self._leases[slots] += 1
-            self._clock += 1
-            self._asked[slots] = self._clock
+                return Lease(slots[:0], slots[:0], self._age)
             self._sums[slots] = sums
             for slot, i in zip(slots.tolist(), kept, strict=True):
                 self._hashes[slot], self._keys[slot] = hashes[i], keys[i]
                 self._slots[hashes[i]] = slot
-            return Lease(slots, self._age)
+            lost = lease.slots[~came]
+            self._leases[lost] = 0
+            self._idle.add(lost, first=True)
+            return self._lease(slots)
 
-    def damaged(self, slots: Slots) -> list[int]:
-        """Those of these records that are not what came, and are forgotten now."""
-        chosen = [int(slot) for slot in slots if slot != NOWHERE]
-        now = self._checksums(chosen, [self._keys[slot] for slot in chosen])
-        wrong = [slot for slot, one in zip(chosen, now, strict=True) if self._sums[slot] != one]
+    def damaged(self, lease: Lease) -> list[int]:
+        """Those of its records that are not what it was given for, also where they hold another whole page by now.
+        Those that are still its own are forgotten."""
+        slots = lease.slots[lease.slots != NOWHERE]
         with self._lock:
-            for slot in wrong:
+            own = self._are_its_own(lease)
+            keys = [self._keys[slot] for slot in slots.tolist()]
+            expected = self._sums[slots]
+        whole = own & (np.array(self._checksums(slots.tolist(), keys), np.uint64) == expected)
+        with self._lock:
+            own = self._are_its_own(lease)
+            for slot in slots[own & ~whole].tolist():
                 self._forget(slot)
+        wrong: list[int] = slots[~(own & whole)].tolist()
         return wrong
 
     def places(self, lease: Lease) -> PageSegments:
@@ -157,12 +175,27 @@ class Landing:
             self._age += 1
             self._slots.clear()
             self._leases[:] = 0
-            self._asked[:] = NOWHERE
+            self._idle.fill()
+
+    def _lease(self, slots: Slots) -> Lease:
+        return Lease(slots, self._generations[slots], self._age)
+
+    def _are_its_own(self, lease: Lease) -> NDArray[np.bool_]:
+        """Of each record of a lease whether it is still the same page's."""
+        has_one = lease.slots != NOWHERE
+        now = self._generations[lease.slots[has_one]]
+        same: NDArray[np.bool_] = now == lease.generations[has_one]
+        return same & (lease.age == self._age)
+
+    def _give_back(self, slots: Slots) -> None:
+        self._leases[slots] -= 1
+        # Without its first page the rest of a prompt is of no use, so the last one goes first.
+        self._idle.add(slots[self._leases[slots] == 0][::-1])
 
     def _forget(self, slot: int) -> None:
         if self._slots.get(self._hashes[slot]) == slot:
             del self._slots[self._hashes[slot]]
-        self._asked[slot] = NOWHERE
+        self._generations[slot] += 1
 
     def _checksums(self, slots: Sequence[int], keys: Sequence[bytes]) -> list[int]:
         return checksums(keys, [cast("Buffer", self.records[slot].numpy()) for slot in slots])

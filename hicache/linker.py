@@ -152,7 +152,7 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
             self._fetching.submit,
             self._patience,
             alone=alone,
-            hangs=self._chain.hangs,
+            hangs=self._fetching.hangs,
         )
         self._offloading = Offloading(self._chain, self._may_wait())
         self._closes.callback(self._offloading.close)
@@ -240,6 +240,10 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
 
     def lost(self, rid: str) -> bool:
         """Whether a request's last lookup began further back than its fetch, and began another one."""
+        return self._promises.lost(rid)
+
+    def lost(self, rid: str) -> bool:
+        """Whether a request should be held up after its turn's lookup, as that has begun a fetch. For the plug-in."""
         return self._promises.lost(rid)
 
     def release(self, rid: str) -> None:

@@ -130,7 +130,7 @@ class Loading:
         finally:
             if stream is not None:
                 stream.synchronize()  # also after a failure: the records are given back, and the pages too
-        wrong = sum(len(part.landing.damaged(part.lease.slots)) for part in batch.parts)
+        wrong = sum(len(part.landing.damaged(part.lease)) for part in batch.parts)
         if wrong:
             self._tell(wrong)
         return not wrong

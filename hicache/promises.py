@@ -5,9 +5,19 @@ leased for that request; and what does not is fetched by another thread, so that
 then the request waits, as SGLang's prefetch policy has it (patience.py): the plug-in asks `is_ready` where
 SGLang's scheduler asks about its own prefetches.
 
-A promise ends when the request loads, when SGLang gives the request up, or when nobody has asked for it for
-`FORGET_SECONDS`: SGLang does not say when a request went on without loading. Between a lookup and the load
-there is one pass of the scheduler, and it looks up in each.
+Who does what:
+
+    the plug-in  has SGLang look up when a request arrives and, as SGLang does by itself, when its turn comes. Before
+                 that turn it asks `is_ready` once in each pass, after it `lost`, and holds the request up where any
+                 rank is not ready, or has lost. When a request was admitted or given up, it calls `end`: SGLang does
+                 not say of one that goes on without a load.
+    a lookup     begins a fetch only for pages that this request has not asked for yet, so one for a request whose
+                 turn has come begins nothing, but where its turn came to more pages than it had asked for: the
+                 device had their beginning, and lost it.
+    `is_ready`   begins the fetch once more where the first found the landing full and there is room now, or where the
+                 request waited so long that what it held was given back.
+
+What ranks decide here alone may differ, and so may when they do: each answers what it needs.
 """
 
 from __future__ import annotations
@@ -18,6 +28,8 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from . import restorable
 from .fetching import Fetch
 from .landing import NOWHERE
@@ -25,7 +37,10 @@ from .landing import NOWHERE
 if TYPE_CHECKING:
     from .landing import Landing, Lease
 
-FORGET_SECONDS = 60.0
+FORGET_SECONDS = 60.0  # that a request holds pages which nobody asks for: others may need the room
+DROP_SECONDS = 3600.0  # after which nobody comes back for it
+BACK = 256  # pages that are looked at first for a window, from the end
+LAST, SCALE = 16, 4  # of the prefixes that are told to other ranks: restorable.thinned
 
 Leases = list[tuple["Landing", "Lease"]]
 
@@ -56,19 +71,24 @@ class Patience:
 class _Request:
     seen: float
     promise: Leases = field(default_factory=list)
-    fetch: Fetch | None = None
+    fetch: Fetch | None = (
+        None  # of all that it asked for; over from the start where all of that had landed
+    )
     waits_since: float | None = None  # until it was first held up, it has waited for nothing
+    has_begun: bool = False  # a fetch since it was last asked whether it is ready
+    was_short: bool = False  # its fetch, and it was begun once more
+    is_forgotten: bool = False  # it holds nothing any more
 
 
 class Promises:
     """Of one rank. Its calls come from the scheduler's thread, but for `expire`.
 
     Args:
-        landings: of each pool by its name; "kv" first.
+        landings: of each pool by its name.
         windowed: those pools of which a prefix needs only its last pages.
         fetch: begins a fetch in another thread.
         patience: how long a request waits for one.
-        hangs: whether a call to a tier has not come back in time; the fetching thread may be in it.
+        hangs: whether the fetching thread may be in a call that has not come back in time, or has ended.
         alone: no other rank must stop at the same page, so only the longest prefix need be told.
     """
 
@@ -98,27 +118,58 @@ class Promises:
         return len(self._requests)
 
     def look_up(self, rid: str, hashes: Sequence[str], windows: Mapping[str, int]) -> list[int]:
-        """The prefixes, in pages, that a load of this request cannot miss.
+        """The prefixes, in pages, that a load of this request cannot miss. What it was promised before ends.
+
+        Pages that it has not asked for yet, and that have not landed, begin to be fetched: see the module.
 
         Args:
-            hashes: of the pages behind what the device has.
+            hashes: of the pages behind what the device has; nothing is done for fewer than `Patience.least_pages`.
             windows: of each pool that needs only the last pages of a prefix, how many.
+
+        Returns:
+            Shortest first: of an engine of one rank the longest, of several so many that they find a common one.
         """
         if len(hashes) < self._patience.least_pages:
+            self.end(rid)
             return []
         promise, prefixes = self._hold(hashes, windows)
+        lacks = not len(prefixes) or prefixes[-1] < len(hashes)
         with self._lock:
             request = self._requests.setdefault(rid, _Request(self._clock()))
             before, request.promise = request.promise, promise
             request.seen = self._clock()
-            longest = prefixes[-1] if prefixes else 0
-            fetch = self._fetch_of(request, hashes, windows) if longest < len(hashes) else None
+            known = request.fetch
+            asked = self._ask_for(request, hashes, windows, lacks=lacks)
         _let_go(before)
-        if fetch is not None:
-            self._fetch(fetch)
-        return prefixes[-1:] if self._alone else prefixes
+        if asked is not None and known is not None:
+            asked.take_over(known)
+        if asked is not None and lacks:
+            self._fetch(asked)
+        told = prefixes[-1:] if self._alone else restorable.thinned(prefixes, LAST, SCALE)
+        return [int(prefix) for prefix in told]
 
-    def _hold(self, hashes: Sequence[str], windows: Mapping[str, int]) -> tuple[Leases, list[int]]:
+    def _ask_for(
+        self,
+        request: _Request,
+        hashes: Sequence[str],
+        windows: Mapping[str, int],
+        *,
+        lacks: bool,
+    ) -> Fetch | None:
+        """The fetch of these pages, in place of the request's; None where it asked for them before."""
+        known = request.fetch
+        if (known is not None and known.asked_for(hashes[0])) or (lacks and self._hangs()):
+            return None
+        request.fetch = fetch = Fetch(tuple(hashes), dict(windows))
+        request.waits_since = None
+        request.was_short, request.is_forgotten, request.has_begun = False, False, lacks
+        if not lacks:
+            fetch.end()
+        return fetch
+
+    def _hold(
+        self, hashes: Sequence[str], windows: Mapping[str, int]
+    ) -> tuple[Leases, restorable.Pages]:
         """Lease what is here of the pages; the prefixes that this allows, shortest first."""
         held: Leases = []
         pages = len(hashes)
@@ -127,47 +178,84 @@ class Promises:
                 continue
             lease = landing.hold(hashes[:pages], prefix=True)
             held.append((landing, lease))
-            missing = lease.slots == NOWHERE
-            pages = int(missing.argmax()) if missing.any() else len(lease.slots)
-        if not self._windowed and self._alone:
-            return held, [pages] if pages else []
-        allowed = frozenset(range(1, pages + 1))
-        for name in self._windowed:
-            landing = self._landings[name]
-            lease = landing.hold(hashes[:pages], prefix=False)
-            held.append((landing, lease))
-            here = (lease.slots != NOWHERE).tolist()
-            allowed &= restorable.trailing_pages(here, windows.get(name, 1)).prefixes
-        return held, sorted(allowed)
+            pages = restorable.leading(lease.slots != NOWHERE)
+        if not self._windowed:
+            return held, np.arange(pages if pages and self._alone else 1, pages + 1)
+        back = BACK if self._alone else pages
+        while True:
+            start = max(0, pages - back)
+            leases, prefixes = self._ends_behind(start, hashes[start:pages], windows)
+            if len(prefixes) or not start:
+                return held + leases, prefixes
+            _let_go(leases)
+            back *= 8
 
-    def _fetch_of(
-        self, request: _Request, hashes: Sequence[str], windows: Mapping[str, int]
-    ) -> Fetch | None:
-        """A new one, unless these pages were asked for already."""
-        known = request.fetch
-        if (known is not None and known.asked_for(hashes[0])) or self._hangs():
-            return None
-        if known is not None:
-            known.give_up()
-        request.fetch = Fetch(tuple(hashes), dict(windows))
-        request.waits_since = None
-        return request.fetch
+    def _ends_behind(
+        self, start: int, hashes: Sequence[str], windows: Mapping[str, int]
+    ) -> tuple[Leases, restorable.Pages]:
+        """Lease what is here of the windows of these pages; the prefixes that end among them with whole windows, all
+        of which lie behind page `start`."""
+        held: Leases = []
+        allowed = np.ones(len(hashes), bool)
+        for name in self._windowed:
+            lease = self._landings[name].hold(hashes, prefix=False)
+            held.append((self._landings[name], lease))
+            window = windows.get(name, 1)
+            allowed &= restorable.whole_windows(lease.slots != NOWHERE, window)
+            if start:
+                allowed[: window - 1] = False  # these begin before what was looked at
+        return held, restorable.ends(allowed) + start
 
     def is_ready(self, rid: str) -> bool:
-        """Whether a request need not wait any longer. From the first no on its time counts."""
+        """Whether a request need not wait any longer. From the first no on its time counts.
+
+        It may begin a fetch once more. Ranks ask when they like, and hold up what any of them holds up.
+        """
         request = self._requests.get(rid)
-        if request is None or request.fetch is None or request.fetch.is_over:
+        if request is None:
             return True
-        now = self._clock()
+        now = request.seen = self._clock()
+        request.has_begun = False
+        if request.fetch is None or (request.fetch.is_over and not self._goes_on(request)):
+            return True
         if request.waits_since is None:
             request.waits_since = now
         waited = now - request.waits_since
-        request.seen = now
-        is_spent = self._patience.is_spent(waited, len(request.fetch.hashes))
+        is_spent = self._patience.is_spent(waited, request.fetch.pages)
         if not is_spent and not self._hangs():
             return False
         request.fetch.give_up()
         return True
+
+    def _goes_on(self, request: _Request) -> bool:
+        """Begin once more what may bring more now; whether it did."""
+        with self._lock:
+            before = request.fetch
+            if before is None or self._patience.is_spent(0.0, before.pages) or self._hangs():
+                return False
+            if not request.is_forgotten:
+                if request.was_short or not before.was_short or not before.has_room_now:
+                    return False
+                request.was_short = True
+            request.is_forgotten = False
+            request.waits_since = None
+            request.fetch = fetch = before.again()
+        self._fetch(fetch)
+        return True
+
+    def lost(self, rid: str) -> bool:
+        """Whether a request whose turn has come should be held up after all: its lookup has just begun a fetch.
+
+        A device prefix that was there when the request arrived is lost, so its lookup came to pages before those that
+        were fetched, or to the first pages at all. To be asked after the lookup of a turn, in the same pass; ranks
+        hold up a request that any of them has lost. True until `is_ready` is asked, which then says how long to wait.
+        It does not repeat itself: each such fetch is of more pages than the one before. Never where the policy
+        does not wait.
+        """
+        request = self._requests.get(rid)
+        if request is None or request.fetch is None or not request.has_begun:
+            return False
+        return not self._patience.is_spent(0.0, request.fetch.pages)
 
     def end(self, rid: str) -> None:
         """The request has loaded, or will not."""
@@ -183,13 +271,26 @@ class Promises:
             _close(request)
 
     def expire(self) -> None:
-        """Forget requests that nobody has asked for in a long time."""
-        long_ago = self._clock() - FORGET_SECONDS
+        """Let go of what requests hold that nobody has asked for in a long time. They may come back, and then ask for
+        it again; those of which `end` was never told are dropped in the end. On the fetching thread."""
+        now = self._clock()
         with self._lock:
-            old = [rid for rid, request in self._requests.items() if request.seen < long_ago]
-            gone = [self._requests.pop(rid) for rid in old]
+            old = [each for each in self._requests.items() if each[1].seen < now - FORGET_SECONDS]
+            gone = [self._requests.pop(rid) for rid, each in old if each.seen < now - DROP_SECONDS]
+            held = [_forgotten(each) for _, each in old if not each.is_forgotten]
+        for promise, fetch in held:
+            _let_go(promise)
+            if fetch is not None:
+                fetch.rest()
         for request in gone:
             _close(request)
+
+
+def _forgotten(request: _Request) -> tuple[Leases, Fetch | None]:
+    """What a request holds and is to be let go: what it was promised, and its fetch, if that is over."""
+    promise, request.promise = request.promise, []
+    request.is_forgotten = request.fetch is not None and request.fetch.is_over
+    return promise, request.fetch if request.is_forgotten else None
 
 
 def _close(request: _Request) -> None:

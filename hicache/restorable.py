@@ -10,6 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Pages = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +30,58 @@ class Verdict:
 
 def all_pages(here: Sequence[bool]) -> Verdict:
     """Every page of the prefix must be here."""
-    boundary = next((i for i, found in enumerate(here) if not found), len(here))
+    boundary = leading(np.asarray(here, bool))
     return Verdict(frozenset(range(1, boundary + 1)), boundary)
 
 
 def trailing_pages(here: Sequence[bool], window: int) -> Verdict:
     """The last `window` pages of the prefix must be here, or all of a shorter one."""
-    prefixes, run = [], 0
-    for end, found in enumerate(here, 1):
-        run = run + 1 if found else 0
-        if run >= min(window, end):
-            prefixes.append(end)
+    prefixes = ends(whole_windows(np.asarray(here, bool), window)).tolist()
     return Verdict(frozenset(prefixes), prefixes[-1] if prefixes else 0)
+
+
+def leading(here: NDArray[np.bool_]) -> int:
+    """How many of the first pages are here."""
+    return len(here) if here.all() else int(here.argmin())
+
+
+def whole_windows(here: NDArray[np.bool_], window: int) -> NDArray[np.bool_]:
+    """Of each page whether a prefix may end behind it: it and the `window` - 1 pages before it, or all there are, are
+    here."""
+    pages = np.arange(len(here))
+    last_gap = np.maximum.accumulate(np.where(here, -1, pages))
+    return pages - last_gap >= np.minimum(window, pages + 1)
+
+
+def ends(allowed: NDArray[np.bool_]) -> Pages:
+    """The prefixes, in pages, shortest first, that end behind a page where they may."""
+    return np.flatnonzero(allowed) + 1
+
+
+def thinned(prefixes: Pages, last: int, scale: int) -> Pages:
+    """Some of these prefixes, so that ranks which choose from different ones choose a common one that is long.
+
+    The last ones, and then ever sparser: of each run of `scale` pages that has any the first, of each run of so many
+    runs the first, and so on, each time those of the last runs. Where runs begin does not depend on what a rank has,
+    so of two ranks that have the same pages up to where the shorter ends, both choose a prefix that is no further
+    from there than `scale` / (`last` - 1) times what the other has more, or both their first one.
+
+    Args:
+        prefixes: shortest first.
+        last: so many of each sparseness.
+        scale: how much sparser the next is than the one before.
+    """
+    if len(prefixes) <= last:
+        return prefixes
+    chosen, run = [prefixes[-last:]], 1
+    while len(prefixes) > last:
+        run *= scale
+        runs = prefixes // run
+        begins = np.ones(len(runs), bool)
+        np.not_equal(runs[1:], runs[:-1], out=begins[1:])
+        prefixes = prefixes[begins]
+        chosen.append(prefixes[-last:])
+    return np.unique(np.concatenate(chosen))
 
 
 def block_groups(here: Sequence[bool], group: int, pages: int) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lmcache_sglang.hicache.landing import NOWHERE, Landing, Lease
+from lmcache_sglang.kernels.pages import checksums
 
 SIZE = 64
 
@@ -45,6 +48,50 @@ def test_what_nobody_asked_for_the_longest_gives_way() -> None:
     assert here(landing, ["a", "b", "c", "d", "e"]) == [True, False, False, True, True]
 
 
+def test_of_a_prompt_the_end_gives_way_before_the_beginning() -> None:
+    landing = Landing(4, SIZE)
+    landing.let_go(land(landing, ["a", "b", "c", "d"]))
+    landing.let_go(landing.hold(["a", "b", "c"], prefix=True))
+    landing.take(2)
+    assert here(landing, ["a", "b", "c", "d"]) == [True, True, False, False]
+
+
+def test_records_whose_page_did_not_come_are_taken_before_others() -> None:
+    landing = Landing(4, SIZE)
+    landing.let_go(land(landing, ["a", "b"]))
+    landing.let_go(land(landing, ["c", "d"], lost="c"))
+    landing.let_go(land(landing, ["e"]))
+    assert here(landing, ["a", "b", "d", "e"]) == [True, True, True, True]
+
+
+def test_there_is_room_while_any_record_has_no_lease() -> None:
+    landing = Landing(2, SIZE)
+    lease = land(landing, ["a"])
+    assert landing.has_room
+    other = landing.take(1)
+    assert not landing.has_room
+    landing.let_go(other)
+    assert landing.has_room
+    landing.let_go(lease)
+
+
+def test_room_that_pages_could_not_be_checked_in_can_be_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    landing = Landing(2, SIZE)
+    room = landing.take(2)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("lmcache_sglang.hicache.landing.checksums", fail)
+    with pytest.raises(MemoryError):
+        landing.came(room, ["a", "b"], [key("a"), key("b")], [True, True])
+    assert len(landing) == 0
+    landing.let_go(room)
+    assert landing.leased == 0
+
+
 def test_what_is_leased_stays() -> None:
     landing = Landing(3, SIZE)
     landing.let_go(land(landing, ["a", "b", "c"]))
@@ -83,9 +130,9 @@ def test_a_lease_from_before_it_was_emptied_means_nothing_after() -> None:
 def test_a_changed_bit_is_found_and_its_page_is_forgotten(byte: int) -> None:
     landing = Landing(2, SIZE)
     lease = land(landing, ["a", "b"])
-    assert landing.damaged(lease.slots) == []
+    assert landing.damaged(lease) == []
     landing.records[lease.slots[1], byte] ^= 16
-    assert landing.damaged(lease.slots) == [lease.slots[1]]
+    assert landing.damaged(lease) == [lease.slots[1]]
     assert here(landing, ["a", "b"]) == [True, False]
 
 
@@ -93,4 +140,54 @@ def test_a_whole_record_of_another_page_is_damage() -> None:
     landing = Landing(2, SIZE)
     lease = land(landing, ["a", "b"])
     landing.records[lease.slots[0]] = landing.records[lease.slots[1]]
-    assert landing.damaged(lease.slots) == [lease.slots[0]]
+    assert landing.damaged(lease) == [lease.slots[0]]
+
+
+def test_a_whole_page_in_the_record_of_another_is_damage() -> None:
+    """A landing that was emptied gives the record away, and what lands there fits its own checksum."""
+    landing = Landing(1, SIZE)
+    old = land(landing, ["a"])
+    landing.empty()
+    new = land(landing, ["b"])
+    assert landing.damaged(old) == [0]
+    assert landing.damaged(new) == []
+    assert here(landing, ["b"]) == [True]
+
+
+def test_nothing_of_a_lease_is_whole_after_the_landing_was_emptied() -> None:
+    """Whoever emptied it did not mean these pages to be used, though nothing lies over them yet."""
+    landing = Landing(2, SIZE)
+    lease = land(landing, ["a", "b"])
+    landing.empty()
+    assert sorted(landing.damaged(lease)) == [0, 1]
+
+
+def test_a_record_that_is_given_away_without_its_lease_is_damage() -> None:
+    landing = Landing(1, SIZE)
+    old = land(landing, ["a"])
+    landing.let_go(old)
+    new = land(landing, ["b"])
+    assert landing.damaged(old) == [0]
+    assert landing.damaged(new) == []
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+def test_a_record_that_is_given_away_while_it_is_looked_at_is_damage(
+    emptied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    landing = Landing(1, SIZE)
+    lease = land(landing, ["a"])
+
+    def give_away(keys: list[bytes], records: list[Any]) -> list[int]:
+        sums = checksums(keys, records)
+        monkeypatch.undo()
+        if emptied:
+            landing.empty()
+        else:
+            landing.let_go(lease)
+        land(landing, ["b"])
+        return sums
+
+    monkeypatch.setattr("lmcache_sglang.hicache.landing.checksums", give_away)
+    assert landing.damaged(lease) == [0]
+    assert here(landing, ["b"]) == [True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from lmcache_sglang.hicache import restorable
@@ -25,6 +26,49 @@ def test_a_window_is_whole_where_each_of_its_pages_is_here(window: int, share: f
         expected = {end for end in range(1, SPAN + 1) if all(here[max(0, end - window) : end])}
         assert verdict.prefixes == expected
         assert verdict.boundary == max(expected, default=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
+def test_all_pages_allows_what_comes_before_the_first_gap(share: float) -> None:
+    rng = random.Random(share)
+    for _ in range(50):
+        here = [rng.random() < share for _ in range(SPAN)]
+        boundary = [*here, False].index(False)
+        assert restorable.leading(np.array(here)) == boundary
+        assert restorable.all_pages(here) == restorable.Verdict(
+            frozenset(range(1, boundary + 1)), boundary
+        )
+
+
+@pytest.mark.parametrize(("last", "scale"), [(16, 4), (4, 16)])
+def test_ranks_that_choose_some_of_their_prefixes_choose_a_long_one_in_common(
+    last: int, scale: int
+) -> None:
+    rng = random.Random(last)
+    for _ in range(300):
+        shorter, more = rng.randint(1, 3000), rng.choice([0, 1, 5, 40, 900])
+        chosen = [
+            restorable.thinned(np.arange(1, pages + 1), last, scale)
+            for pages in (shorter, shorter + more)
+        ]
+        common = max(set(chosen[0].tolist()) & set(chosen[1].tolist()))
+        assert common == 1 or shorter - common <= scale / (last - 1) * more
+        assert max(map(len, chosen)) < 90
+
+
+def test_of_prefixes_far_apart_ranks_choose_common_ones_too() -> None:
+    """A state lies where a turn ended. One rank lacks the last five."""
+    there = np.array(sorted(random.Random(1).sample(range(1, 60_000), 40)))
+    chosen = [restorable.thinned(each, 4, 16).tolist() for each in (there, there[:-5])]
+    assert set(chosen[0]) & set(chosen[1])
+    assert all(set(each) <= set(there.tolist()) for each in chosen)
+    assert [each[-4:] for each in chosen] == [there[-4:].tolist(), there[-9:-5].tolist()]
+
+
+def test_few_prefixes_are_all_chosen() -> None:
+    few = np.array([3, 40, 41, 900])
+    assert restorable.thinned(few, 4, 16).tolist() == few.tolist()
+    assert restorable.thinned(few[:0], 4, 16).tolist() == []
 
 
 @pytest.mark.parametrize(
