@@ -13,12 +13,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import statistics
+import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from queue import Queue, SimpleQueue
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
@@ -100,7 +100,7 @@ def of_each_call_of_the_linker(pages: int = DIRECT_PAGES) -> dict[str, float]:
     calls = {
         "a lookup, all landed": lambda: linker.lookup("landed", _transfers(hashes[:pages])),
         "a lookup, none landed": lambda: linker.lookup("waits", _transfers(hashes[pages:])),
-        "is a request ready, its fetch under way": lambda: linker.is_ready("waits"),
+        "a request is held up, its fetch under way": lambda: _turn(linker, "waits"),
         "a load is queued and cancelled": lambda: _load(linker, hashes[:pages]),
         "an offload is queued": lambda: linker.offload(_transfers(hashes[:pages])),
         "is an offload done": linker.num_completed_offloads,
@@ -175,11 +175,22 @@ def _linker(landing: Landing, promises: Promises) -> Any:
     linker._queued = {}
     linker._before = ("", 0)
     linker._with_windows = frozenset()
-    offloading = Offloading.__new__(Offloading)
-    offloading._sizes, offloading._waiting, offloading._most = deque(), 0, 1 << 60
-    offloading._queue, offloading._results = Queue(), SimpleQueue()
-    linker._offloading = offloading
+    linker._offloading = _offloading()
     return linker
+
+
+def _offloading() -> Offloading:
+    """One that never stores anything, and takes all there is."""
+    idle: Any = SimpleNamespace(start=lambda: None)
+    nothing: Any = SimpleNamespace()
+    with patch.object(threading, "Thread", lambda **_: idle):
+        return Offloading(nothing, most=1 << 60)
+
+
+def _turn(linker: Any, rid: str) -> None:
+    linker.begin_pass(lambda: [rid], lambda _: None)
+    assert not linker.may_go(rid)
+    linker.end_pass()
 
 
 def _transfers(hashes: list[str]) -> list[PoolTransfer]:

@@ -232,22 +232,18 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
         self._pass = Pass(self._promises, waiting, agree)
 
     def may_go(self, rid: str) -> bool:
-        """Whether a request need not wait any longer for pages that are being fetched, on any rank."""
+        """Whether a request need not wait any longer for pages that are being fetched, on any rank. Within a pass."""
         return self._pass is None or self._pass.may_go(rid)
 
     def end_pass(self) -> None:
         self._pass = None
 
     def lost(self, rid: str) -> bool:
-        """Whether a request's last lookup began further back than its fetch, and began another one."""
-        return self._promises.lost(rid)
-
-    def lost(self, rid: str) -> bool:
-        """Whether a request should be held up after its turn's lookup, as that has begun a fetch. For the plug-in."""
+        """Whether a request whose turn has come is to be held up after all: its lookup has just begun a fetch."""
         return self._promises.lost(rid)
 
     def release(self, rid: str) -> None:
-        """A request was admitted, or SGLang gives it up. Without it the promise ends by itself."""
+        """A request was admitted, or SGLang gives it up."""
         self._promises.end(rid)
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:

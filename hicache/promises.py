@@ -8,16 +8,17 @@ SGLang's scheduler asks about its own prefetches.
 Who does what:
 
     the plug-in  has SGLang look up when a request arrives and, as SGLang does by itself, when its turn comes. Before
-                 that turn it asks `is_ready` once in each pass, after it `lost`, and holds the request up where any
-                 rank is not ready, or has lost. When a request was admitted or given up, it calls `end`: SGLang does
-                 not say of one that goes on without a load.
+                 that turn it asks `is_ready` of all that wait, and holds up whom any rank holds up (admission.py); after
+                 it, `lost`. When a request was admitted or given up, it calls `end`: SGLang does not say of one that
+                 goes on without a load.
     a lookup     begins a fetch only for pages that this request has not asked for yet, so one for a request whose
                  turn has come begins nothing, but where its turn came to more pages than it had asked for: the
                  device had their beginning, and lost it.
-    `is_ready`   begins the fetch once more where the first found the landing full and there is room now, or where the
+    `held_up`    begins the fetch once more where the first found the landing full and there is room now, or where the
                  request waited so long that what it held was given back.
 
-What ranks decide here alone may differ, and so may when they do: each answers what it needs.
+Ranks may differ in what they answer to `is_ready`, since they agree on that; and in nothing else: `lost` is the same on
+all, as all of them look up the same pages of the same requests in the same order.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from .landing import Landing, Lease
 
 FORGET_SECONDS = 60.0  # that a request holds pages which nobody asks for: others may need the room
-DROP_SECONDS = 3600.0  # after which nobody comes back for it
+MOST_REQUESTS = (
+    65536  # of which the oldest is given up, by number and not by time: ranks must agree
+)
 BACK = 256  # pages that are looked at first for a window, from the end
 LAST, SCALE = 16, 4  # of the prefixes that are told to other ranks: restorable.thinned
 
@@ -75,7 +78,10 @@ class _Request:
         None  # of all that it asked for; over from the start where all of that had landed
     )
     waits_since: float | None = None  # until it was first held up, it has waited for nothing
-    has_begun: bool = False  # a fetch since it was last asked whether it is ready
+    asked: int = 0  # pages at most
+    went_back: bool = (
+        False  # its last lookup asked for more than those before, and its turn was not since then
+    )
     was_short: bool = False  # its fetch, and it was begun once more
     is_forgotten: bool = False  # it holds nothing any more
 
@@ -138,15 +144,26 @@ class Promises:
             request = self._requests.setdefault(rid, _Request(self._clock()))
             before, request.promise = request.promise, promise
             request.seen = self._clock()
+            if len(hashes) > request.asked:
+                request.asked, request.went_back = len(hashes), True
             known = request.fetch
             asked = self._ask_for(request, hashes, windows, lacks=lacks)
+            oldest = self._surplus()
         _let_go(before)
+        if oldest is not None:
+            _close(oldest)
         if asked is not None and known is not None:
             asked.take_over(known)
         if asked is not None and lacks:
             self._fetch(asked)
         told = prefixes[-1:] if self._alone else restorable.thinned(prefixes, LAST, SCALE)
         return [int(prefix) for prefix in told]
+
+    def _surplus(self) -> _Request | None:
+        """A request that nobody told the end of, taken out."""
+        if len(self._requests) <= MOST_REQUESTS:
+            return None
+        return self._requests.pop(next(iter(self._requests)))
 
     def _ask_for(
         self,
@@ -162,7 +179,7 @@ class Promises:
             return None
         request.fetch = fetch = Fetch(tuple(hashes), dict(windows))
         request.waits_since = None
-        request.was_short, request.is_forgotten, request.has_begun = False, False, lacks
+        request.was_short, request.is_forgotten = False, False
         if not lacks:
             fetch.end()
         return fetch
@@ -207,55 +224,66 @@ class Promises:
         return held, restorable.ends(allowed) + start
 
     def is_ready(self, rid: str) -> bool:
-        """Whether a request need not wait any longer. From the first no on its time counts.
-
-        It may begin a fetch once more. Ranks ask when they like, and hold up what any of them holds up.
-        """
+        """Whether a request need not wait any longer, for all that this rank knows. Changes nothing."""
         request = self._requests.get(rid)
-        if request is None:
+        if request is None or request.fetch is None:
             return True
-        now = request.seen = self._clock()
-        request.has_begun = False
-        if request.fetch is None or (request.fetch.is_over and not self._goes_on(request)):
-            return True
-        if request.waits_since is None:
-            request.waits_since = now
-        waited = now - request.waits_since
-        is_spent = self._patience.is_spent(waited, request.fetch.pages)
-        if not is_spent and not self._hangs():
-            return False
-        request.fetch.give_up()
-        return True
+        if request.fetch.is_over:
+            return not self._may_begin_again(request)
+        waited = 0.0 if request.waits_since is None else self._clock() - request.waits_since
+        return self._patience.is_spent(waited, request.fetch.pages) or self._hangs()
 
-    def _goes_on(self, request: _Request) -> bool:
-        """Begin once more what may bring more now; whether it did."""
+    def held_up(self, rid: str) -> None:
+        """The scheduler wanted the request, and some rank is not ready. From the first time on its patience counts."""
+        request = self._turn_of(rid)
+        if request is None or request.fetch is None:
+            return
+        if request.fetch.is_over and self._may_begin_again(request):
+            self._begin_again(request, request.fetch)
+        if request.waits_since is None:
+            request.waits_since = request.seen
+
+    def goes_on(self, rid: str) -> None:
+        """The scheduler wanted the request, and no rank holds it up: nothing more is read for it."""
+        request = self._turn_of(rid)
+        if request is not None and request.fetch is not None:
+            request.fetch.give_up()
+
+    def _turn_of(self, rid: str) -> _Request | None:
+        request = self._requests.get(rid)
+        if request is not None:
+            request.seen = self._clock()
+            request.went_back = False
+        return request
+
+    def _may_begin_again(self, request: _Request) -> bool:
+        """Whether a fetch that is over might bring more now. Of one that was given up it would not."""
+        fetch = request.fetch
+        if fetch is None or self._patience.is_spent(0.0, fetch.pages) or self._hangs():
+            return False
+        if request.is_forgotten:
+            return True
+        return fetch.was_short and not request.was_short and fetch.has_room_now
+
+    def _begin_again(self, request: _Request, before: Fetch) -> None:
         with self._lock:
-            before = request.fetch
-            if before is None or self._patience.is_spent(0.0, before.pages) or self._hangs():
-                return False
-            if not request.is_forgotten:
-                if request.was_short or not before.was_short or not before.has_room_now:
-                    return False
-                request.was_short = True
+            request.was_short = request.was_short or not request.is_forgotten
             request.is_forgotten = False
             request.waits_since = None
             request.fetch = fetch = before.again()
         self._fetch(fetch)
-        return True
 
     def lost(self, rid: str) -> bool:
-        """Whether a request whose turn has come should be held up after all: its lookup has just begun a fetch.
+        """Whether a request whose turn has come should be held up after all, the same on every rank.
 
-        A device prefix that was there when the request arrived is lost, so its lookup came to pages before those that
-        were fetched, or to the first pages at all. To be asked after the lookup of a turn, in the same pass; ranks
-        hold up a request that any of them has lost. True until `is_ready` is asked, which then says how long to wait.
-        It does not repeat itself: each such fetch is of more pages than the one before. Never where the policy
-        does not wait.
+        Its lookup came to more pages than it had asked for: a device prefix that was there when it arrived is lost, and
+        what is stored of that is being fetched only now. To be asked after the lookup of a turn, in the same pass. It
+        does not repeat itself: each time there are more pages than before. Never where the policy does not wait.
         """
         request = self._requests.get(rid)
-        if request is None or request.fetch is None or not request.has_begun:
+        if request is None or not request.went_back:
             return False
-        return not self._patience.is_spent(0.0, request.fetch.pages)
+        return not self._patience.is_spent(0.0, request.asked)
 
     def end(self, rid: str) -> None:
         """The request has loaded, or will not."""
@@ -272,18 +300,15 @@ class Promises:
 
     def expire(self) -> None:
         """Let go of what requests hold that nobody has asked for in a long time. They may come back, and then ask for
-        it again; those of which `end` was never told are dropped in the end. On the fetching thread."""
-        now = self._clock()
+        it again. On the fetching thread."""
+        long_ago = self._clock() - FORGET_SECONDS
         with self._lock:
-            old = [each for each in self._requests.items() if each[1].seen < now - FORGET_SECONDS]
-            gone = [self._requests.pop(rid) for rid, each in old if each.seen < now - DROP_SECONDS]
-            held = [_forgotten(each) for _, each in old if not each.is_forgotten]
+            old = [each for each in self._requests.values() if each.seen < long_ago]
+            held = [_forgotten(each) for each in old if not each.is_forgotten]
         for promise, fetch in held:
             _let_go(promise)
             if fetch is not None:
                 fetch.rest()
-        for request in gone:
-            _close(request)
 
 
 def _forgotten(request: _Request) -> tuple[Leases, Fetch | None]:

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from lmcache_sglang.hicache import promises
 from lmcache_sglang.hicache.fetching import Fetch, Fetching
 from lmcache_sglang.hicache.landing import Landing
 from lmcache_sglang.hicache.lookup import look_up
-from lmcache_sglang.hicache.promises import DROP_SECONDS, FORGET_SECONDS, Patience, Promises
+from lmcache_sglang.hicache.promises import FORGET_SECONDS, Patience, Promises
 from lmcache_sglang.hicache.tiling import NOTHING
 from lmcache_sglang.kernels.pages import PageSegments
 from lmcache_sglang.storage.base import Lookup
@@ -99,6 +100,15 @@ class Bench:
         """Look up the pages from the `first` on, which the device lacks."""
         return self.promises.look_up(rid, PAGES[first:pages], {"swa": window})
 
+    def turn(self, rid: str) -> bool:
+        """Whether a request goes on when its turn comes, with no other rank to agree with."""
+        is_ready = self.promises.is_ready(rid)
+        if is_ready:
+            self.promises.goes_on(rid)
+        else:
+            self.promises.held_up(rid)
+        return is_ready
+
     def settle(self) -> None:
         assert all(fetch.wait(SECONDS) for fetch in self.fetched)
 
@@ -126,7 +136,7 @@ def test_a_lookup_promises_what_the_fetch_before_it_brought(made: list[Bench]) -
     test.store(range(7))
     assert test.ask() == []
     test.settle()
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
     assert test.ask() == [7]
     lease = test.landings["kv"].hold(PAGES[:7], prefix=True)
     landed = test.landings["kv"].records[torch.from_numpy(lease.slots)]
@@ -279,10 +289,23 @@ def test_what_a_request_holds_that_nobody_asks_for_any_more_is_let_go(made: list
     assert test.leased == 12
     test.promises.expire()
     assert test.leased == 3
-    test.now += DROP_SECONDS + 1
+    test.now += FORGET_SECONDS + 1
     test.promises.expire()
-    assert len(test.promises) == 0
     assert test.leased == 0
+
+
+def test_the_oldest_of_too_many_requests_is_given_up(
+    made: list[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their number, which is the same on all ranks."""
+    monkeypatch.setattr(promises, "MOST_REQUESTS", 2)
+    test = bench(made)
+    test.store(range(12))
+    for rid, first in (("old", 0), ("second", 6), ("third", 9)):
+        test.ask(rid, first=first)
+        test.settle()
+    assert len(test.promises) == 2
+    assert test.leased == 6
 
 
 @pytest.mark.parametrize("had_landed", [True, False])
@@ -303,9 +326,9 @@ def test_a_request_that_comes_back_after_a_long_time_gets_what_it_asked_for(
         test.now += FORGET_SECONDS + 1
         test.promises.expire()
         test.landings["kv"].let_go(test.landings["kv"].take(16))
-        assert not test.promises.is_ready("r")
+        assert not test.turn("r")
         test.settle()
-        assert test.promises.is_ready("r")
+        assert test.turn("r")
         assert test.ask() == [12]
 
 
@@ -342,10 +365,10 @@ def test_what_found_the_landing_full_is_fetched_once_more_when_its_turn_comes(
     test = bench(made, room=8)
     short_of(test)
     assert test.fetched[-1].was_short
-    assert not test.promises.is_ready("r")
+    assert not test.turn("r")
     test.settle()
     assert len(test.fetched) == 3
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
     assert test.ask(first=7) == [5]
     test.promises.end("r")
     assert test.leased == 0
@@ -355,11 +378,11 @@ def test_it_is_fetched_no_third_time(made: list[Bench]) -> None:
     test = bench(made, room=8)
     short_of(test)
     held = test.landings["kv"].take(6)
-    assert not test.promises.is_ready("r")
+    assert not test.turn("r")
     test.settle()
     assert test.fetched[-1].was_short
     test.landings["kv"].let_go(held)
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
     assert len(test.fetched) == 3
 
 
@@ -367,16 +390,16 @@ def test_while_the_landing_is_full_nobody_waits_for_room(made: list[Bench]) -> N
     test = bench(made, room=8)
     short_of(test)
     held = test.landings["kv"].take(7)
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
     assert len(test.fetched) == 2
     test.landings["kv"].let_go(held)
-    assert not test.promises.is_ready("r")
+    assert not test.turn("r")
 
 
 def test_a_policy_that_does_not_wait_fetches_nothing_again(made: list[Bench]) -> None:
     test = bench(made, room=8, patience=Patience("best_effort"))
     short_of(test)
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
     assert len(test.fetched) == 2
 
 
@@ -386,11 +409,11 @@ def test_the_second_fetch_has_a_budget_of_its_own(made: list[Bench]) -> None:
     test.promises._requests["r"].waits_since = 0.0
     test.now = 100.0
     test.promises._fetch = test.fetched.append
-    assert not test.promises.is_ready("r")
+    assert not test.turn("r")
     test.now += 0.9
-    assert not test.promises.is_ready("r")
+    assert not test.turn("r")
     test.now += 0.2
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
 
 
 # --- the turn's lookup ---
@@ -401,7 +424,7 @@ def test_a_lookup_for_pages_that_were_asked_for_begins_nothing(made: list[Bench]
     test.store(range(5))
     test.ask()
     test.settle()
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
     assert test.ask() == [5]  # the turn's, and not all of it is stored
     assert test.ask(first=3) == [2]  # or the device has more by now
     assert not test.promises.lost("r")
@@ -419,12 +442,12 @@ def test_a_request_whose_device_prefix_was_lost_is_held_up_once(
         test.settle()
     test.ask(first=8)
     test.settle()
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
     assert test.ask() == []
     assert test.promises.lost("r")
     assert test.promises.lost("r")
     test.settle()
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
     assert test.ask() == [12]
     assert not test.promises.lost("r")
 
@@ -433,12 +456,12 @@ def test_a_request_that_had_all_on_the_device_and_lost_it_is_held_up(made: list[
     """SGLang did not look up when it arrived."""
     test = bench(made)
     test.store(range(12))
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
     assert not test.promises.lost("r")
     test.ask()
     assert test.promises.lost("r")
     test.settle()
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
     assert test.ask() == [12]
     assert not test.promises.lost("r")
 
@@ -465,7 +488,7 @@ def test_a_tier_that_fails_is_a_miss_and_ends_the_wait(made: list[Bench]) -> Non
     test.tier.refusing = {"get"}
     test.ask()
     test.settle()
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
     assert test.ask() == []
 
 
@@ -499,11 +522,11 @@ def test_a_request_waits_as_its_policy_has_it_from_when_it_is_first_held_up(
     test.now = 100.0
     test.ask(pages=5)
     test.now = 200.0
-    assert test.promises.is_ready("r") == (waits == 0.0)
+    assert test.turn("r") == (waits == 0.0)
     test.now += (waits or 1000.0) - 0.01
-    assert test.promises.is_ready("r") == (waits == 0.0)
+    assert test.turn("r") == (waits == 0.0)
     test.now += 0.02
-    assert test.promises.is_ready("r") == (waits is not None)
+    assert test.turn("r") == (waits is not None)
     assert test.fetched[0].cancel.is_set() == (waits is not None)
 
 
@@ -512,20 +535,20 @@ def test_a_request_with_few_pages_is_not_looked_up(made: list[Bench]) -> None:
     test.store(range(5))
     test.ask(pages=3)
     assert test.fetched == []
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
 
 
 def test_behind_a_call_that_hangs_nobody_waits(made: list[Bench]) -> None:
     test = bench(made)
     test.promises._fetch = test.fetched.append
     test.ask("before")
-    assert not test.promises.is_ready("before")
+    assert not test.turn("before")
     test.hangs = True
-    assert test.promises.is_ready("before")
+    assert test.turn("before")
     assert test.fetched[0].cancel.is_set()
     test.ask("after")
     assert len(test.fetched) == 1
-    assert test.promises.is_ready("after")
+    assert test.turn("after")
 
 
 def test_behind_a_folder_that_hangs_nobody_waits(
@@ -542,7 +565,7 @@ def test_behind_a_folder_that_hangs_nobody_waits(
     test.look_around = hang
     test.ask()
     assert entered.wait(SECONDS)
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
     opened.set()
     test.settle()
     assert not test.fetching.hangs()
@@ -553,7 +576,7 @@ def test_behind_a_thread_that_is_gone_nobody_waits(made: list[Bench]) -> None:
     test.fetching.close()
     test.fetching.submit(Fetch(tuple(PAGES), {}))
     test.ask()
-    assert test.promises.is_ready("r")
+    assert test.turn("r")
 
 
 def test_tidying_that_fails_does_not_end_the_thread(
@@ -678,7 +701,7 @@ def test_requests_that_come_and_go_while_pages_land_leave_no_lease(made: list[Be
     test.store(range(12))
 
     def wait(rid: str) -> None:
-        while not test.promises.is_ready(rid):
+        while not test.turn(rid):
             time.sleep(0)
 
     def serve(number: int) -> int:
