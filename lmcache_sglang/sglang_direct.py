@@ -41,6 +41,7 @@ _WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker"
 _RELEASE = f"{_WRAPPER}.UnifiedCacheLinkerWrapper.release_request"
 _OFFLOAD = f"{_WRAPPER}.UnifiedCacheLinkerWrapper._offload_node"
 _ASSEMBLER = "sglang.srt.mem_cache.hybrid_cache"
+LEAST_PAGE_FOR_PREFIXES = 16  # tokens
 _GATE = "enable_lmcache"  # of the scheduler: makes it ask `check_prefetch_progress`, and nothing else in that call
 
 # Everything that must be there: what is hooked, and what the hooks and the linker use.
@@ -258,14 +259,8 @@ def _end_promise(_: Any, wrapper: Any, rid: str, *__: Any, **___: Any) -> None:
 
 @harmless
 def _tell_what_comes_before(wrapper: Any, node_id: Any, *_: Any, **__: Any) -> None:
-    """Once a node, and in as many steps as it has ancestors."""
+    """Once a node. At small pages the list of all pages before would cost more than it is worth, as with HiCache."""
     linker = _linker_of(wrapper.cache)
-    if linker is None:
-        return
-    last, pages = "", 0
-    node = wrapper.cache.tree_core.node_by_id(node_id).parent
-    while node is not None and node.hash_value:
-        last = last or node.hash_value[-1]
-        pages += len(node.hash_value)
-        node = node.parent
-    linker.follows(last, pages)
+    if linker is not None and wrapper.cache.page_size >= LEAST_PAGE_FOR_PREFIXES:
+        ancestors = wrapper.cache.tree_core.get_prefix_hash_values(node_id)
+        linker.follows(ancestors[-1] if ancestors else "", len(ancestors))

@@ -100,7 +100,6 @@ _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _PREFETCHED = f"{_TREE}._handle_prefetch_result"
 _TAKE_EVENTS = f"{_TREE}.take_events"
 _PREFIX_KEYS = "hicache_storage_pass_prefix_keys"  # SGLang's own key of the extra config
-_LEAST_PAGE_FOR_PREFIX_KEYS = 16  # tokens
 _ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
 _EVENTS = ("AllBlocksCleared", "BlockRemoved", "BlockStored", "StorageMedium")
 
@@ -540,7 +539,7 @@ def _pass_prefix_keys(
     SGLang says it by copying the names of all pages before each batch: 1.1 s for 250,000 pages of one token.
     """
     chosen = storage_backend != NAME or _user_chose or _PREFIX_KEYS not in named
-    if chosen or attachment._cache.page_size < _LEAST_PAGE_FOR_PREFIX_KEYS:
+    if chosen or attachment._cache.page_size < sglang_direct.LEAST_PAGE_FOR_PREFIXES:
         return None
     changed = named | {"storage_backend": storage_backend, _PREFIX_KEYS: True}
     return (attachment, *rest), changed

@@ -159,16 +159,18 @@ def test_the_state_of_a_session_stays_its_own(sglang: None, cache: Cache, linker
     assert int(req.kv.mamba_pool_idx) == 7
 
 
-def test_a_node_follows_the_pages_of_all_its_ancestors(cache: Cache, linker: Linker) -> None:
-    root = SimpleNamespace(parent=None, hash_value=[])
-    stem = SimpleNamespace(parent=root, hash_value=["h0", "h1"])
-    twig = SimpleNamespace(parent=stem, hash_value=["h2"])
-    leaf = SimpleNamespace(parent=twig, hash_value=["h3"])
-    nodes = {1: leaf, 2: stem}
-    cache.tree_core = SimpleNamespace(node_by_id=nodes.__getitem__)  # type: ignore[attr-defined]
-    sglang_direct._tell_what_comes_before(cache.linker, 1)
-    sglang_direct._tell_what_comes_before(cache.linker, 2)
-    assert linker.said == [("follows", ("h2", 3)), ("follows", ("", 0))]
+@pytest.mark.parametrize(
+    ("page_size", "told"), [(16, [("h2", 3), ("", 0)]), (8, [])]
+)  # small pages are many
+def test_a_node_follows_the_pages_of_all_its_ancestors(
+    page_size: int, told: list[tuple[str, int]], cache: Any, linker: Linker
+) -> None:
+    before: dict[int, list[str]] = {1: ["h0", "h1", "h2"], 2: []}
+    cache.page_size = page_size
+    cache.tree_core = SimpleNamespace(get_prefix_hash_values=before.__getitem__)
+    for node in before:
+        sglang_direct._tell_what_comes_before(cache.linker, node)
+    assert linker.said == [("follows", each) for each in told]
 
 
 def test_another_linker_is_left_alone(cache: Cache, linker: Linker) -> None:
