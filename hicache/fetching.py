@@ -44,6 +44,7 @@ TIDY_SECONDS = 15.0
 ENDS, ENDS_SCALE = 4, 16
 LOOK_EVERY_SECONDS = 1.0  # for what engines of other topologies store
 LOOK_SECONDS = 5.0  # that this takes at most, unless the disk hangs
+CLOSE_SECONDS = 5.0  # that a shutdown waits for the batch that is being read
 
 
 class Fetch:
@@ -190,6 +191,7 @@ class Fetching:
         self._overdue = Overdue()
         self._seldom = Seldom()
         self._queue: SimpleQueue[Fetch | None] = SimpleQueue()
+        self._closing = Event()
         self._tidied = time.monotonic()
         self._thread = threading.Thread(target=self._serve, name="lmcache-fetch", daemon=True)
         self._thread.start()
@@ -203,9 +205,10 @@ class Fetching:
         return self._chain.hangs() or bool(self._overdue) or not self._thread.is_alive()
 
     def close(self) -> None:
-        """Returns once nothing more is read. Idempotent."""
+        """Read nothing more. Idempotent. A thread that hangs in a tier is left behind."""
+        self._closing.set()
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
 
     def _serve(self) -> None:
         while True:
@@ -230,7 +233,7 @@ class Fetching:
 
     @harmless
     def _run(self, fetch: Fetch) -> None:
-        if fetch.cancel.is_set():
+        if self._is_given_up(fetch):
             return
         reading = _Reading(fetch, *fetch.begin())
         with self._overdue.expected(LOOK_SECONDS):
@@ -283,6 +286,9 @@ class Fetching:
             allowed &= restorable.whole_windows(here[name][:pages], window)
         return restorable.ends(allowed)
 
+    def _is_given_up(self, fetch: Fetch) -> bool:
+        return fetch.cancel.is_set() or self._closing.is_set()
+
     def _bring(self, reading: _Reading, name: str, span: range) -> int:
         """Read those of some pages that have not landed; the end of what is here of them, without a gap."""
         pool, landing = self._pools[name]
@@ -292,7 +298,7 @@ class Fetching:
         missing = [span[i] for i, slot in enumerate(lease.slots.tolist()) if slot == NOWHERE]
         for batch in _batches(missing, pool.page_bytes):
             came = 0
-            if not fetch.cancel.is_set():
+            if not self._is_given_up(fetch):
                 came = self._read(reading, name, batch)
             if came < len(batch):
                 return batch[came]

@@ -56,10 +56,11 @@ class Landing:
     Args:
         pages: records there are.
         page_bytes: of each.
+        pinned: so that a GPU reads them where they lie.
     """
 
-    def __init__(self, pages: int, page_bytes: int) -> None:
-        self.records = torch.empty((pages, page_bytes), dtype=torch.uint8)
+    def __init__(self, pages: int, page_bytes: int, *, pinned: bool = False) -> None:
+        self.records = torch.empty((pages, page_bytes), dtype=torch.uint8, pin_memory=pinned)
         self._lock = Lock()
         self._slots: dict[str, int] = {}  # of each page that is here, by SGLang's hash
         self._hashes: list[str] = [""] * pages

@@ -373,7 +373,8 @@ def _is_alone(params: Any) -> bool:
 
 
 def _landing(pool: DevicePool, size: int) -> Landing:
-    return Landing(max(1, size // pool.page_bytes), pool.page_bytes)
+    pages = max(1, size // pool.page_bytes)
+    return Landing(pages, pool.page_bytes, pinned=pool.pages.is_on_device)
 
 
 def _patience(server_args: Any, settings: dict[str, Any], page_size: int) -> Patience:

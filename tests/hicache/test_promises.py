@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache_sglang.hicache import promises
+from lmcache_sglang.hicache import fetching, promises
 from lmcache_sglang.hicache.fetching import Fetch, Fetching
 from lmcache_sglang.hicache.landing import Landing
 from lmcache_sglang.hicache.lookup import look_up
@@ -730,3 +730,26 @@ def test_requests_that_come_and_go_while_pages_land_leave_no_lease(made: list[Be
             test.promises.expire()
             assert test.leased == 0
             test.promises.end_all()
+
+
+def test_closing_leaves_a_read_behind_that_hangs_and_begins_no_other(
+    made: list[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "CLOSE_SECONDS", 0.05)
+    test = bench(made)
+    test.store(range(12))
+    begun, gate = Event(), Event()
+
+    def read(call: str) -> None:
+        if call == "get":
+            begun.set()
+            assert gate.wait(SECONDS)
+
+    test.tier.before_call = read
+    test.ask("r")
+    assert begun.wait(SECONDS)
+    test.ask("behind it")
+    test.fetching.close()
+    gate.set()
+    test.settle()
+    assert test.tier.asked["get"] == 1
