@@ -71,7 +71,11 @@ class Setup:
             "path": str(self.store),
             "cpu": {"size": self.cpu, "path": str(self.memory), **self.more.get("cpu", {})},
             "disk": {"size": self.disk, **self.more.get("disk", {})},
-            **({"direct": {"landing": LANDING}} if self.direct else {}),
+            **(
+                {"direct": {"landing": LANDING, **self.more.get("direct", {})}}
+                if self.direct
+                else {}
+            ),
         }
 
     @property

@@ -7,6 +7,7 @@ engines of this file have nothing but the disk after a restart, as after a reboo
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -39,11 +40,16 @@ from lmcache_sglang.testing.families_workload import (
 )
 from lmcache_sglang.testing.server import ServerFailed, ServerRefused, SGLangServer
 from lmcache_sglang.testing.spoiling import Spoiling
+from lmcache_sglang.testing.stalling import Stall
 from lmcache_sglang.testing.tiny_families import make_tiny
 from lmcache_sglang.testing.trace import make_trace, reachable, tokens
 
 FIRST = prompt(1)
 CLIENTS = 6
+DEADLINE_SECONDS = (
+    20.0  # of a request, and of a flush, while a disk hangs; a flush waits 5 for what is stored
+)
+NARROW = "1MiB"  # landing for 32 pages; a prompt has 10 to 22
 SALTED: dict[str, Any] = {"cache_salt": "tenant-a"}
 SMALL = ("--max-total-tokens", "1024")
 LAYOUT = (
@@ -271,8 +277,15 @@ def test_conversations_at_once_get_the_tokens_of_an_engine_without_a_store(
     with server(model, setup, folder / "chats warm.log") as engine:
         warm = at_once(engine, prompts)
         log += engine.log
+    narrow = replace(setup, more={"direct": {"landing": NARROW}})
+    with server(model, narrow, folder / "chats narrow.log") as engine:
+        waiting = at_once(engine, prompts)
+        assert "is full of what waiting requests were promised" in engine.log
+        log += engine.log
     assert [answer.tokens for answer in cold] == right
     assert [answer.tokens for answer in warm] == right
+    assert [answer.tokens for answer in waiting] == right
+    assert sum(answer.host for answer in waiting) > 0
     assert sum(answer.host for answer in cold) > 0
     assert sum(answer.device + answer.host for answer in warm) > possible
     assert "Traceback" not in log
@@ -285,6 +298,43 @@ def at_once(engine: SGLangServer, prompts: list[list[int]]) -> list[Answer]:
     with ThreadPoolExecutor(CLIENTS) as clients:
         asked = [clients.submit(ask, engine, each, **short) for each in prompts]
         return [each.result() for each in asked]
+
+
+def test_a_disk_that_hangs_holds_up_neither_requests_nor_a_flush(model: Path, folder: Path) -> None:
+    """In a read that a request waits for, and in a write that nobody waits for."""
+    stall = Stall(folder / "hangs")
+    setup = Setup(
+        folder / "hanging",
+        cpu=0,
+        args=[*SMALL, "--hicache-storage-prefetch-policy", "timeout"],
+        env=stall.env,
+        more={"disk": {"queue_depth": 1}},
+        direct=True,
+    )
+    with server(model, setup, folder / "hanging.log") as engine:
+        before = ask(engine, FIRST)
+        until(lambda: pages_on_disk(setup) >= len(FIRST) // PAGE_SIZE)
+        flush(engine)
+        with stall.held():
+            answers = [within(DEADLINE_SECONDS, engine, each) for each in (FIRST, prompt(2))]
+            assert stall.waits > 0
+            begun = time.monotonic()
+            flush(engine)
+            assert time.monotonic() < begun + DEADLINE_SECONDS
+            answers.append(within(DEADLINE_SECONDS, engine, FIRST))
+        flush(engine)
+        until(lambda: _comes_back(engine))
+        after = ask(engine, prompt(2))
+    assert all(computed(answer) for answer in answers)
+    assert answers[0].tokens == answers[2].tokens == before.tokens
+    assert answers[1].tokens == after.tokens
+
+
+def within(seconds: float, engine: SGLangServer, asked: list[int]) -> Answer:
+    begun = time.monotonic()
+    answer = ask(engine, asked)
+    assert time.monotonic() < begun + seconds
+    return answer
 
 
 @pytest.mark.parametrize("name", ["mha", "swa", "mla", "mamba", "conv"])
