@@ -195,13 +195,15 @@ def _require_dtypes(
         raise ValueError(f"scales: not one {SCALE_DTYPE} a token and head, but {scales.dtype}")
 
 
-def _alike(*layouts: PageLayout) -> list[PageLayout]:
+def _alike(*layouts: PageLayout) -> tuple[PageLayout, ...]:
     """All with their heads in as many groups: page_unified keeps each group apart."""
-    most = max(each.groups for each in layouts)
-    return [
-        each if most == each.groups or most % each.groups else each.split_heads(most // each.groups)
-        for each in layouts
-    ]
+    groups = {each.groups for each in layouts}
+    if len(groups) == 1:
+        return layouts
+    most = max(groups)
+    return tuple(
+        each if most % each.groups else each.split_heads(most // each.groups) for each in layouts
+    )
 
 
 def _slots(given: Slots, name: str) -> Buffer | Tensor:

@@ -407,10 +407,26 @@ def _unified(planes: Sequence[Strided], page_size: int) -> PageLayout:
         )
     size = tensor.element_size()
     strides = dict(zip(UNIFIED_AXES, (step * size for step in tensor.stride()), strict=True))
-    pages, groups, layers, _, _, heads, dim = tensor.shape
-    _require_contiguous(dim, strides["c"], size)
-    start = tensor.data_ptr()
-    made = tuple(
+    _require_contiguous(tensor.shape[-1], strides["c"], size)
+    return PageLayout(
+        _unified_planes(tensor.data_ptr(), tensor.shape, strides, size),
+        pages=tensor.shape[0],
+        page_size=page_size,
+        heads=tensor.shape[5],
+        itemsize=size,
+        memory=((tensor.data_ptr(), _reach(tensor.shape, tensor.stride()) * size),),
+        owner=planes,
+        dtype=_dtype(tensor),
+        groups=tensor.shape[1],
+    )
+
+
+def _unified_planes(
+    start: int, shape: Sequence[int], strides: dict[str, int], size: int
+) -> tuple[Plane, ...]:
+    """All groups of K, then of V. Args: strides: in bytes."""
+    _, groups, layers, _, _, _, dim = shape
+    return tuple(
         Plane(
             tuple(
                 start + kv * strides["2"] + group * strides["g"] + i * strides["l"]
@@ -423,16 +439,4 @@ def _unified(planes: Sequence[Strided], page_size: int) -> PageLayout:
         )
         for kv in range(2)
         for group in range(groups)
-    )
-    memory = ((start, _reach(tensor.shape, tensor.stride()) * size),)
-    return PageLayout(
-        made,
-        pages,
-        page_size,
-        heads,
-        size,
-        memory,
-        owner=planes,
-        dtype=_dtype(tensor),
-        groups=groups,
     )

@@ -208,43 +208,50 @@ def test_no_order_of_axes_is_taken_for_an_overlap(axes: str, gap: int) -> None:
     assert parts_of(CopyPlan([0], [0]), src.layout, dst)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_no_overlap_is_overlooked(data: st.DataObject) -> None:
-    number = st.integers(0, 24)
-    pages, size, heads = (data.draw(st.integers(1, 3)) for _ in range(3))
-    layers = data.draw(st.integers(1, 2))
-    planes = tuple(
-        Plane(
-            tuple(data.draw(st.lists(st.integers(0, 60), min_size=layers, max_size=layers))),
-            page_stride=data.draw(number),
-            token_stride=data.draw(number),
-            head_stride=data.draw(number),
-            run=2,
-        )
-        for _ in range(data.draw(st.integers(1, 2)))
+@st.composite
+def scattered(draw: st.DrawFn) -> PageLayout:
+    """Runs of two bytes, mostly over one another."""
+    number, count = st.integers(0, 24), st.integers(1, 3)
+    pages, layers = draw(count), draw(st.integers(1, 2))
+    starts = st.lists(st.integers(0, 60), min_size=layers, max_size=layers).map(tuple)
+    plane = st.builds(Plane, starts, number, number, number, st.just(2))
+    at = st.lists(number, min_size=pages, max_size=pages).map(tuple)
+    return PageLayout(
+        tuple(draw(st.lists(plane, min_size=1, max_size=2))),
+        pages,
+        page_size=draw(count),
+        heads=draw(count),
+        itemsize=2,
+        memory=((0, 1 << 12),),
+        pages_at=draw(st.just(()) | at),
     )
-    at = data.draw(st.one_of(st.just([]), st.lists(number, min_size=pages, max_size=pages)))
-    dst = PageLayout(planes, pages, size, heads, 2, ((0, 1 << 12),), tuple(at))
-    src = Pool("device", PoolShape(layers, pages, size, heads, (1,) * len(planes), torch.int16))
-    written = [
-        layer
-        + (at[page] if at else page * plane.page_stride)
+
+
+def starts_of(layout: PageLayout) -> list[int]:
+    """Where all of its runs begin, one by one."""
+    within = product(range(layout.pages), range(layout.page_size), range(layout.heads))
+    return [
+        start
+        + (layout.pages_at[page] if layout.pages_at else page * plane.page_stride)
         + token * plane.token_stride
         + head * plane.head_stride
-        for plane in planes
-        for layer, page, token, head in product(
-            plane.layers, range(pages), range(size), range(heads)
-        )
+        for page, token, head in within
+        for plane in layout.planes
+        for start in plane.layers
     ]
-    written.sort()
-    apart = all(b - a >= 2 for a, b in pairwise(written))
+
+
+@settings(max_examples=300, deadline=None)
+@given(scattered())
+def test_no_overlap_is_overlooked(dst: PageLayout) -> None:
+    dims = (1,) * len(dst.planes)
+    src = Pool("device", PoolShape(dst.layers, 3, 3, dst.heads, dims, torch.int16))
     try:
         parts_of(CopyPlan([0], [0]), src.layout, dst)
     except ValueError as error:
         assert "dst: its rows overlap" in str(error)
     else:
-        assert apart
+        assert all(b - a >= 2 for a, b in pairwise(sorted(starts_of(dst))))
 
 
 @pytest.mark.parametrize(
@@ -361,18 +368,15 @@ def test_scales_in_the_destination() -> None:
 NARROW = PoolShape(layers=1, pages=2, page_size=2, heads=1, dims=(3,), dtype=torch.uint8)
 
 
-def shifted(by: int, run: int) -> PageLayout:
-    """Records of such runs, so many bytes off."""
-    memory = torch.zeros(64, dtype=torch.uint8)
-    records = [memory[by:].data_ptr(), memory[by + 2 * run + run % 4 :].data_ptr()]
+def records_at(by: int, run: int, itemsize: int, memory: torch.Tensor) -> PageLayout:
+    """Two, of two tokens, so many bytes off."""
     return PageLayout.records(
-        records,
+        [memory[by:].data_ptr(), memory[by + 24 :].data_ptr()],
         runs=[run],
         layers=1,
         heads=1,
         page_size=2,
-        itemsize=1 if run == 3 else run,
-        owner=memory,
+        itemsize=itemsize,
     )
 
 
@@ -380,9 +384,10 @@ def shifted(by: int, run: int) -> PageLayout:
 def test_scales_at_addresses_that_a_gpu_does_not_take(by: int) -> None:
     src, dst = Pool("device", replace(NARROW, dtype=torch.bfloat16)), Pool("device", NARROW)
     plan = CopyPlan([0, 2], [2, 0], convert=Convert.BF16_TO_E4M3)
-    copy_pages(plan, src.layout, dst.layout, scales=shifted(0, 4))
+    memory = torch.zeros(64, dtype=torch.uint8)
+    copy_pages(plan, src.layout, dst.layout, scales=records_at(0, 4, 4, memory))
     with pytest.raises(ValueError, match="scales: not aligned, numbers of 4 bytes"):
-        copy_pages(plan, src.layout, dst.layout, scales=shifted(by, 4))
+        copy_pages(plan, src.layout, dst.layout, scales=records_at(by, 4, 4, memory))
 
 
 @pytest.mark.parametrize("to_it", [True, False])
@@ -393,14 +398,7 @@ def test_numbers_at_addresses_that_a_gpu_does_not_take(to_it: bool) -> None:
     narrow, memory = Pool("device", NARROW), torch.zeros(64, dtype=torch.uint8)
 
     def copy(by: int) -> None:
-        wide = PageLayout.records(
-            [memory[by:].data_ptr(), memory[by + 24 :].data_ptr()],
-            runs=[6],
-            layers=1,
-            heads=1,
-            page_size=2,
-            itemsize=2,
-        )
+        wide = records_at(by, 6, 2, memory)
         src, dst = (narrow.layout, wide) if to_it else (wide, narrow.layout)
         copy_pages(plan, src, dst, scales=scales.layout)
 
