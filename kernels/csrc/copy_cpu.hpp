@@ -33,8 +33,7 @@ struct CacheRun {
   static void move(uint8_t* to, const uint8_t* from, size_t n) { std::memcpy(to, from, n); }
 };
 
-// Pieces of runs, of `kPieceBytes` at most, one after another through all items. The first one of
-// several ends where a line of the destination does, so that the others stream whole lines.
+// Pieces of runs, of `kPieceBytes` at most, one after another through all items.
 class Pieces {
  public:
   Pieces(const CopyParams& p, uint32_t first, uint32_t last)
@@ -45,11 +44,10 @@ class Pieces {
   bool ended() const { return number_ == last_; }
   uint8_t* to() const { return to_ + done_; }
   const uint8_t* from() const { return from_ + done_; }
-  uint32_t bytes() const { return bytes_; }
+  uint32_t bytes() const { return std::min(p_.run - done_, kPieceBytes); }
 
   void next() {
-    done_ += bytes_;
-    bytes_ = std::min(p_.run - done_, kPieceBytes);
+    done_ += bytes();
     if (done_ < p_.run) return;
     if (++run_ < inner_.count.by) return start_run();
     if (++number_ < last_) start_item();
@@ -66,8 +64,6 @@ class Pieces {
     done_ = 0;
     from_ = reinterpret_cast<const uint8_t*>(item_.at[kSrc] + offset(p_, inner_, kSrc, run_));
     to_ = reinterpret_cast<uint8_t*>(item_.at[kDst] + offset(p_, inner_, kDst, run_));
-    bytes_ = p_.run;
-    if (bytes_ > kPieceBytes) bytes_ = kPieceBytes - static_cast<uint32_t>(copying::into_line(to_));
   }
 
   const CopyParams& p_;
@@ -76,7 +72,6 @@ class Pieces {
   uint32_t number_;
   uint32_t run_ = 0;
   uint32_t done_ = 0;  // bytes of the run
-  uint32_t bytes_ = 0;
   Item item_;
   const uint8_t* from_;
   uint8_t* to_;
