@@ -26,16 +26,16 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.catalog import ROOT
 from lmcache_sglang.kernels.copy_plan import CopyPlan, copy_pages, parts_of
-from lmcache_sglang.testing.kv_pools import KINDS, Pool, Shape
+from lmcache_sglang.testing.torch_pools import Pool, PoolShape
 
 CELL_BYTES = 192 << 20  # moved in one call; more than the caches hold
 SPARE_PAGES = 2
 MEMCPY_RUN = 4096  # from here on copies are to be no slower than memcpy
 MODELS = {
-    "Llama-3-8B": Shape(layers=32, heads=8, dims=(128, 128)),
-    "Llama-3-70B, TP 8": Shape(layers=80, heads=1, dims=(128, 128)),
-    "DeepSeek-V3 (MLA)": Shape(layers=61, heads=1, dims=(576,)),
-    "Qwen3-30B-A3B": Shape(layers=48, heads=4, dims=(128, 128)),
+    "Llama-3-8B": PoolShape(layers=32, heads=8, dims=(128, 128)),
+    "Llama-3-70B, TP 8": PoolShape(layers=80, heads=1, dims=(128, 128)),
+    "DeepSeek-V3 (MLA)": PoolShape(layers=61, heads=1, dims=(576,)),
+    "Qwen3-30B-A3B": PoolShape(layers=48, heads=4, dims=(128, 128)),
 }
 THREADS = (1, 2)
 SGLANG_PAGE, VLLM_PAGE = 64, 16
@@ -72,7 +72,7 @@ def measure(rounds: int, threads: Sequence[int], say: Callable[[str], None]) -> 
             sized = replace(shape, page_size=page_size)
             pages = max(4, CELL_BYTES // sized.page_bytes)
             sized = replace(sized, pages=pages + SPARE_PAGES)
-            pools = {kind: KINDS[kind](sized, _touched) for kind in (one, other)}
+            pools = {kind: Pool(kind, sized, allocate=_touched) for kind in (one, other)}
             for src, dst in ((one, other), (other, one)):
                 for count in threads:
                     cell = _Cell(sized, pools[src], pools[dst], pages, count)
@@ -88,16 +88,14 @@ def _touched(size: int) -> Tensor:
 class _Cell:
     """The three subjects over one list of pages."""
 
-    def __init__(self, shape: Shape, src: Pool, dst: Pool, pages: int, threads: int) -> None:
+    def __init__(self, shape: PoolShape, src: Pool, dst: Pool, pages: int, threads: int) -> None:
         rng = random.Random(0)
         self._src, self._dst, self._threads = src, dst, threads
         self._from, self._to = (rng.sample(range(shape.pages), pages) for _ in range(2))
         self._bytes = pages * shape.page_bytes
         self._page_bytes = shape.page_bytes
         self._plan = CopyPlan.of_pages(self._from, self._to, page_size=shape.page_size)
-        part = parts_of(self._plan, src.layout, dst.layout)[0]
-        # Long ones are cut into pieces of this size.
-        self.run = part.run
+        self.run = parts_of(self._plan, src.layout, dst.layout)[0].run
         self._buffers = [_touched(shape.pages * shape.page_bytes) for _ in range(2)]
 
     def measure(self, rounds: int) -> tuple[list[float], list[float], list[float]]:
@@ -161,7 +159,11 @@ class _Cell:
 
 def _layers(pool: Pool) -> list[Tensor]:
     """[page, token, head, dim] of each plane and layer: the pool's own memory."""
-    return [layer for plane in pool.views for layer in plane]
+    return [
+        pool.rows(plane, layer).flatten(2, 3)  # of one group, or of groups side by side
+        for plane in range(pool.planes)
+        for layer in range(pool.shape.layers)
+    ]
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -4,7 +4,8 @@
     copy_pages(plan, PageLayout.host_pool(...), PageLayout.device_pool(...))
 
 There is one function for all pairs of layouts. What is contiguous on both sides is found once a plan and moved as one
-run; `csrc/copy_params.hpp` says how the rest is counted, and `csrc/copy_body.hpp` is what a GPU runs as well.
+run; `csrc/copy_params.hpp` says how the rest is counted. Where a run lies a GPU finds by the same code
+(`csrc/copy_body.hpp`); how a CPU moves it is `csrc/copy_cpu.hpp`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from . import _native
-from .layout import PageLayout
+from .layout import PageLayout, require_whole, require_within
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -39,6 +40,7 @@ class Tensor(Protocol):
 
 
 MOST_THREADS = 8  # more than fill the memory's bandwidth
+THREADS_LIMIT = 256  # that may be asked for all the same
 
 
 class Convert(IntEnum):
@@ -53,6 +55,16 @@ class Convert(IntEnum):
     FP16_TO_E4M3 = 2
     E4M3_TO_BF16 = 3
     E4M3_TO_FP16 = 4
+
+
+# What each conversion reads and writes.
+DTYPES = {
+    Convert.BF16_TO_E4M3: ("bfloat16", "float8_e4m3fn"),
+    Convert.FP16_TO_E4M3: ("float16", "float8_e4m3fn"),
+    Convert.E4M3_TO_BF16: ("float8_e4m3fn", "bfloat16"),
+    Convert.E4M3_TO_FP16: ("float8_e4m3fn", "float16"),
+}
+SCALE_DTYPE = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +113,7 @@ def copy_pages(
 
     Args:
         scales: one float32 a run, of the same slots as the e4m3 side: written on the way there, read on the way back.
-        threads: at work on it; 0: as the machine has cores, up to 8.
+        threads: at work on it, 256 at most; 0: as the machine has cores, up to 8.
 
     Returns:
         Bytes that were read.
@@ -140,34 +152,58 @@ def parts_of(
 def native_arguments(
     plan: CopyPlan, src: PageLayout, dst: PageLayout, scales: PageLayout | None
 ) -> NativeArguments:
-    """What the native side plans a copy from, on a CPU and for a GPU."""
-    src, dst = _alike(src, dst)
-    if (plan.convert == Convert.NONE) != (scales is None):
+    """What the native side plans a copy from, on a CPU and for a GPU. Raises what `copy_pages` raises of it."""
+    convert = _convert(plan.convert)
+    if (convert == Convert.NONE) != (scales is None):
         raise ValueError("scales: needed for conversions to and from e4m3, and for them alone")
+    _require_dtypes(convert, src, dst, scales)
+    src, dst, beside = _alike(src, dst, scales or src)
     chosen = range(src.layers) if plan.layers is None else plan.layers
-    if chosen.step != 1 or chosen.start < 0 or not chosen:
-        raise ValueError(f"layers: {chosen} is no range of layers")
+    require_within("layers", chosen, src.layers)
     return (
         src.native,
         dst.native,
-        (scales or src).native,
+        beside.native,
         _slots(plan.src_slots, "src_slots"),
         _slots(plan.dst_slots, "dst_slots"),
-        plan.tokens,
+        require_whole("tokens", plan.tokens, 1),
         chosen.start,
         chosen.stop,
-        plan.convert,
+        convert,
     )
 
 
-def _alike(src: PageLayout, dst: PageLayout) -> tuple[PageLayout, PageLayout]:
-    """Both with their heads in as many groups: page_unified keeps each group apart."""
-    ratio = len(dst.planes) / len(src.planes)
-    if ratio > 1 and ratio.is_integer() and src.heads == dst.heads * ratio:
-        return src.split_heads(int(ratio)), dst
-    if 0 < ratio < 1 and (1 / ratio).is_integer() and dst.heads * ratio == src.heads:
-        return src, dst.split_heads(int(1 / ratio))
-    return src, dst
+def _convert(given: int) -> Convert:
+    try:
+        return Convert(given)
+    except ValueError:
+        raise ValueError(
+            f"convert: {given!r} is none of {[each.name for each in Convert]}"
+        ) from None
+
+
+def _require_dtypes(
+    convert: Convert, src: PageLayout, dst: PageLayout, scales: PageLayout | None
+) -> None:
+    """Numbers of one size are told apart where both sides say what they are."""
+    reads, writes = DTYPES.get(convert, (dst.dtype, src.dtype))
+    for name, layout, wanted in (("dst", dst, writes), ("src", src, reads)):
+        if None not in (layout.dtype, wanted) and layout.dtype != wanted:
+            other = f"is for {wanted}" if convert else f"the other side has {wanted}"
+            raise ValueError(f"{name}: has numbers of {layout.dtype}, {other}")
+    if scales is not None and scales.dtype not in (None, SCALE_DTYPE):
+        raise ValueError(f"scales: not one {SCALE_DTYPE} a token and head, but {scales.dtype}")
+
+
+def _alike(*layouts: PageLayout) -> tuple[PageLayout, ...]:
+    """All with their heads in as many groups: page_unified keeps each group apart."""
+    groups = {each.groups for each in layouts}
+    if len(groups) == 1:
+        return layouts
+    most = max(groups)
+    return tuple(
+        each if most % each.groups else each.split_heads(most // each.groups) for each in layouts
+    )
 
 
 def _slots(given: Slots, name: str) -> Buffer | Tensor:
@@ -180,8 +216,8 @@ def _slots(given: Slots, name: str) -> Buffer | Tensor:
 
 
 def _workers(threads: int) -> _native.Workers:
-    if threads < 0:
-        raise ValueError(f"threads: {threads} is less than none")
+    if require_whole("threads", threads, 0) > THREADS_LIMIT:
+        raise ValueError(f"threads: {threads} are more than {THREADS_LIMIT}")
     return _pool(threads or min(MOST_THREADS, len(os.sched_getaffinity(0))), os.getpid())
 
 

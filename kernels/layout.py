@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import index
 from typing import Protocol
 
 from . import _native
@@ -24,6 +25,10 @@ HOST_AXES = {
 }
 UNIFIED_AXES = "pgl2thc"  # page_unified: g groups of heads, and K and V in one tensor
 
+BYTES = (
+    "uint8"  # of a tensor that says nothing of the numbers in it: SGLang's pools of e4m3 are such
+)
+
 
 class Strided(Protocol):
     """What is asked of a tensor; torch's answers."""
@@ -31,6 +36,8 @@ class Strided(Protocol):
     @property
     def shape(self) -> Sequence[int]: ...
     def stride(self) -> Sequence[int]: ...
+    @property
+    def dtype(self) -> object: ...
     def data_ptr(self) -> int: ...
     def element_size(self) -> int: ...
 
@@ -57,14 +64,16 @@ class PageLayout:
     """Where the pages of one pool lie.
 
     Attributes:
-        planes: K and V, or one; all of as many layers.
+        planes: K and V, or one; all of as many layers. Where heads are kept in groups, all groups of K, then of V.
         pages: how many there are.
         page_size: tokens of a page.
-        heads: of a token, in each layer and plane.
+        heads: of a token, in each layer and plane: those of one group.
         itemsize: bytes of a number.
         memory: ranges (address, bytes) that hold all of it; a copy touches nothing else.
         pages_at: address of each page, if pages are anywhere; else the planes' strides tell.
         owner: what must live for the addresses to stay valid.
+        dtype: of the numbers, as torch calls it; None where nothing is known but their bytes.
+        groups: of heads, a plane each.
 
     Raises:
         ValueError: something of it lies outside `memory`, or the numbers contradict each other.
@@ -78,9 +87,13 @@ class PageLayout:
     memory: tuple[tuple[int, int], ...]
     pages_at: tuple[int, ...] = ()
     owner: object = field(default=None, repr=False, compare=False)
+    dtype: str | None = None
+    groups: int = 1
     native: _native.Layout = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if require_whole("groups", self.groups, 1) and len(self.planes) % self.groups:
+            raise ValueError(f"groups: {self.groups} of {len(self.planes)} planes")
         planes = [
             (p.layers, p.page_stride, p.token_stride, p.head_stride, p.run) for p in self.planes
         ]
@@ -117,13 +130,16 @@ class PageLayout:
             ValueError: the tensors are not alike, or do not have these axes.
         """
         _require_axes(axes)
+        require_whole("page_size", page_size, 1)
         seen = [_See(each, axes, page_size) for each in planes]
         if not seen:
             raise ValueError("planes: there is none")
-        shapes = {(one.pages, one.heads, one.itemsize) for one in seen}
+        shapes = {(one.pages, one.heads, one.itemsize, one.dtype) for one in seen}
         if len(shapes) != 1:
-            raise ValueError(f"planes: of different pages, heads or dtypes: {sorted(shapes)}")
-        (pages, heads, itemsize) = shapes.pop()
+            raise ValueError(
+                f"planes: of different pages, heads or dtypes: {sorted(shapes, key=str)}"
+            )
+        (pages, heads, itemsize, dtype) = shapes.pop()
         memory = tuple(area for one in seen for area in one.memory)
         return cls(
             tuple(one.plane for one in seen),
@@ -133,6 +149,7 @@ class PageLayout:
             itemsize,
             memory,
             owner=planes,
+            dtype=dtype,
         )
 
     @classmethod
@@ -165,9 +182,16 @@ class PageLayout:
 
         Args:
             head_dims: numbers of a run of K and of V, or of the one latent row.
+
+        Raises:
+            ValueError: the views are not alike, or not of these axes and dimensions.
         """
         if not layers:
             raise ValueError("layers: there is none")
+        if len(layers[0].shape) != 4:
+            raise ValueError(
+                f"layers: {tuple(layers[0].shape)} is not [block, head, token, content]"
+            )
         size, itemsize = layers[0].shape[2], layers[0].element_size()
         if sum(head_dims) != layers[0].shape[3]:
             raise ValueError(f"head_dims: {list(head_dims)} do not add up to {layers[0].shape[3]}")
@@ -190,6 +214,7 @@ class PageLayout:
         page_size: int,
         itemsize: int,
         owner: object = None,
+        dtype: str | None = None,
     ) -> PageLayout:
         """The store's pages, in the order of SGLang's page_first: K as [token, layer, head], then V.
 
@@ -197,7 +222,13 @@ class PageLayout:
             addresses: where each record begins.
             runs: bytes of a run of K and of V.
             owner: keeps the records' memory alive.
+            dtype: of the numbers, as torch calls it, if that is known.
+
+        Raises:
+            ValueError: the numbers contradict each other.
         """
+        for name, value in (("layers", layers), ("heads", heads), ("page_size", page_size)):
+            require_whole(name, value, 1)
         planes, begin = [], 0
         for run in runs:
             starts = tuple(begin + layer * heads * run for layer in range(layers))
@@ -213,16 +244,24 @@ class PageLayout:
             memory,
             tuple(addresses),
             owner,
+            dtype,
         )
 
     # Parts of it.
 
     def select(self, *, layers: range | None = None, heads: range | None = None) -> PageLayout:
-        """The same pages with these layers and heads only; all of them where nothing is said."""
+        """The same pages with these layers and heads only; all of them where nothing is said.
+
+        Args:
+            heads: of each group.
+
+        Raises:
+            ValueError: there are none of these.
+        """
         wanted = range(self.layers) if layers is None else layers
         some = range(self.heads) if heads is None else heads
-        _require_within("layers", wanted, self.layers)
-        _require_within("heads", some, self.heads)
+        require_within("layers", wanted, self.layers)
+        require_within("heads", some, self.heads)
         planes = tuple(
             replace(
                 plane,
@@ -238,6 +277,7 @@ class PageLayout:
         Raises:
             ValueError: the heads do not divide so.
         """
+        require_whole("groups", groups, 1)
         each, rest = divmod(self.heads, groups)
         if rest:
             raise ValueError(f"heads: {self.heads} are not {groups} groups")
@@ -249,7 +289,7 @@ class PageLayout:
             for plane in self.planes
             for group in range(groups)
         )
-        return replace(self, planes=planes, heads=each)
+        return replace(self, planes=planes, heads=each, groups=self.groups * groups)
 
     @property
     def layers(self) -> int:
@@ -271,16 +311,16 @@ class _See:
             raise ValueError("planes: one has no layers")
         if ("l" in axes) != (not isinstance(given, Sequence)):
             raise ValueError("planes: one tensor with a layer axis, or one without for each layer")
-        kinds = {(tuple(each.shape), tuple(each.stride()), each.element_size()) for each in tensors}
+        kinds = {(tuple(each.shape), tuple(each.stride()), each.dtype) for each in tensors}
         if len(kinds) != 1:
             raise ValueError("planes: tensors of the layers differ in shape, strides or dtype")
-        ((shape, stride, self.itemsize),) = kinds
+        ((shape, stride, _),) = kinds
+        self.itemsize, self.dtype = tensors[0].element_size(), _dtype(tensors[0])
         if len(shape) != len(axes):
             raise ValueError(f"planes: tensors have {len(shape)} axes, {axes!r} names {len(axes)}")
         self._length = dict(zip(axes, shape, strict=True))
         self._stride = {axis: each * self.itemsize for axis, each in zip(axes, stride, strict=True)}
-        if self._length["c"] > 1 and self._stride["c"] != self.itemsize:
-            raise ValueError("planes: the content of a run is not contiguous")
+        _require_contiguous(self._length["c"], self._stride["c"], self.itemsize)
         self.heads = self._length.get("h", 1)
         self.pages = self._pages(page_size)
         self.memory = [(each.data_ptr(), _reach(shape, stride) * self.itemsize) for each in tensors]
@@ -311,9 +351,36 @@ def _require_axes(axes: str) -> None:
         raise ValueError(f"axes: {axes!r} has neither s alone nor both p and t")
 
 
-def _require_within(name: str, wanted: range, count: int) -> None:
-    if wanted.step != 1 or not 0 <= wanted.start < wanted.stop <= count:
-        raise ValueError(f"{name}: {wanted} is no part of {count}")
+def _require_contiguous(numbers: int, stride: int, itemsize: int) -> None:
+    if numbers > 1 and stride != itemsize:
+        raise ValueError("planes: the content of a run is not contiguous")
+
+
+def _dtype(tensor: Strided) -> str | None:
+    name = str(tensor.dtype).removeprefix("torch.")
+    return None if name == BYTES else name
+
+
+def require_whole(name: str, value: object, least: int) -> int:
+    """The number, if it is one of at least so much that the native side can hold.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        number = index(value)  # type: ignore[arg-type]  # what is no number it says itself
+    except TypeError:
+        raise ValueError(f"{name}: {value!r} is no whole number") from None
+    if not least <= number < 1 << 32:
+        raise ValueError(f"{name}: {number} is not from {least} to 2^32 - 1")
+    return number
+
+
+def require_within(name: str, wanted: range, count: int) -> None:
+    """Raises: ValueError: not some of `count`, one after another."""
+    is_part = isinstance(wanted, range) and wanted.step == 1
+    if not is_part or not 0 <= wanted.start < wanted.stop <= count:
+        raise ValueError(f"{name}: {wanted!r} is no range of these {count}")
 
 
 def _reach(shape: Sequence[int], stride: Sequence[int]) -> int:
@@ -340,9 +407,26 @@ def _unified(planes: Sequence[Strided], page_size: int) -> PageLayout:
         )
     size = tensor.element_size()
     strides = dict(zip(UNIFIED_AXES, (step * size for step in tensor.stride()), strict=True))
-    pages, groups, layers, _, _, heads, dim = tensor.shape
-    start = tensor.data_ptr()
-    made = tuple(
+    _require_contiguous(tensor.shape[-1], strides["c"], size)
+    return PageLayout(
+        _unified_planes(tensor.data_ptr(), tensor.shape, strides, size),
+        pages=tensor.shape[0],
+        page_size=page_size,
+        heads=tensor.shape[5],
+        itemsize=size,
+        memory=((tensor.data_ptr(), _reach(tensor.shape, tensor.stride()) * size),),
+        owner=planes,
+        dtype=_dtype(tensor),
+        groups=tensor.shape[1],
+    )
+
+
+def _unified_planes(
+    start: int, shape: Sequence[int], strides: dict[str, int], size: int
+) -> tuple[Plane, ...]:
+    """All groups of K, then of V. Args: strides: in bytes."""
+    _, groups, layers, _, _, _, dim = shape
+    return tuple(
         Plane(
             tuple(
                 start + kv * strides["2"] + group * strides["g"] + i * strides["l"]
@@ -356,5 +440,3 @@ def _unified(planes: Sequence[Strided], page_size: int) -> PageLayout:
         for kv in range(2)
         for group in range(groups)
     )
-    memory = ((start, _reach(tensor.shape, tensor.stride()) * size),)
-    return PageLayout(made, pages, page_size, heads, size, memory, owner=planes)

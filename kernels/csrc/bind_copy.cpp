@@ -5,12 +5,14 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bind_request.hpp"
 #include "copy_cpu.hpp"
 #include "copy_plan.hpp"
 #include "layout.hpp"
+#include "overlap.hpp"
 #include "workers.hpp"
 
 namespace nb = nanobind;
@@ -38,6 +40,7 @@ Layout* make_layout(Layout* at, const std::vector<PlaneTuple>& planes,
   layout.itemsize = itemsize;
   for (const auto& [start, bytes] : memory) layout.memory.push_back({start, start + bytes});
   layout.require_sound();
+  layout.overlaps = lmcache::runs_overlap(layout);
   return new (at) Layout(std::move(layout));
 }
 
@@ -46,9 +49,9 @@ uint64_t copy(const Layout& src, const Layout& dst, const Layout& scales,
               uint32_t first_layer, uint32_t last_layer, uint32_t convert, Workers& workers) {
   const Slots from = lmcache::slots_of(src_slots, "src_slots");
   const Slots to = lmcache::slots_of(dst_slots, "dst_slots");
-  const auto request = lmcache::request_of(from, to, tokens, first_layer, last_layer, convert);
+  auto request = lmcache::request_of(from, to, tokens, first_layer, last_layer, convert);
   nb::gil_scoped_release unlocked;
-  const CopyPlan plan(src, dst, scales, request);
+  const CopyPlan plan(src, dst, scales, std::move(request));
   lmcache::copy_on_cpu(plan, workers);
   return plan.bytes();
 }

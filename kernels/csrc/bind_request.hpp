@@ -21,12 +21,14 @@ inline Slots slots_of(const nanobind::object& given, const char* name) {
   return slots;
 }
 
-// The slots must outlive the request.
+// Throws LayoutError, which names the argument.
 inline CopyRequest request_of(const Slots& src_slots, const Slots& dst_slots, uint32_t tokens,
                               uint32_t first_layer, uint32_t last_layer, uint32_t convert) {
+  if (convert > static_cast<uint32_t>(Convert::kE4m3ToFp16))
+    throw LayoutError("convert: " + std::to_string(convert) + " is no conversion");
   CopyRequest request;
-  request.slots[kSrc] = {src_slots.data(), src_slots.size()};
-  request.slots[kDst] = {dst_slots.data(), dst_slots.size()};
+  request.slots[kSrc].assign(src_slots.data(), src_slots.data() + src_slots.size());
+  request.slots[kDst].assign(dst_slots.data(), dst_slots.data() + dst_slots.size());
   request.tokens = tokens;
   request.layers[0] = first_layer;
   request.layers[1] = last_layer;

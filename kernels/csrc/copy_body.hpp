@@ -1,8 +1,8 @@
-// The body of every copy of pages: index arithmetic and word moves, for a CPU and a GPU alike.
+// The body of every copy of pages: where the runs of an item are, for a CPU and a GPU alike, and
+// how a GPU's threads move them by words.
 //
 // Threads come in groups of `lanes` that work on one item together, each on every `lanes`-th word,
-// so that neighbours touch neighbouring words. A CPU is a group of one, and brings its own way to
-// move a run (copy_cpu.hpp).
+// so that neighbours touch neighbouring words. A CPU has its own way to move a run (copy_cpu.hpp).
 #pragma once
 
 #include "copy_params.hpp"

@@ -98,26 +98,13 @@ void copy_items(const CopyParams& p, uint32_t first, uint32_t last) {
   }
 }
 
-template <class Half>
-void quantize_items(const CopyParams& p, uint32_t first, uint32_t last) {
-  using How = Quantize<Half>;
+template <class How>
+void convert_items(const CopyParams& p, uint32_t first, uint32_t last) {
   for (uint32_t number = first; number < last; ++number) {
     const Item item = find_item(p, number, kSides);
     for (uint32_t run = 0; run < p.axis[kAxes - 1].count.by; ++run) {
       const Converted at(p, item, run);
-      *at.scale = How::scale(How::largest(at.from, p.run, 0, 1));
-      convert_run<How>(at.to, at.from, p.run, *at.scale, 0, 1);
-    }
-  }
-}
-
-template <class Half>
-void dequantize_items(const CopyParams& p, uint32_t first, uint32_t last) {
-  using How = Dequantize<Half>;
-  for (uint32_t number = first; number < last; ++number) {
-    const Item item = find_item(p, number, kSides);
-    for (uint32_t run = 0; run < p.axis[kAxes - 1].count.by; ++run) {
-      const Converted at(p, item, run);
+      if constexpr (How::kMakesScale) *at.scale = How::scale(How::largest(at.from, p.run, 0, 1));
       convert_run<How>(at.to, at.from, p.run, *at.scale, 0, 1);
     }
   }
@@ -132,13 +119,13 @@ inline bool streams(const CopyPlan& plan, const CopyParams& part) {
 inline CopyItems cpu_kernel(const CopyPlan& plan, const CopyParams& part) {
   switch (plan.convert()) {
     case Convert::kBf16ToE4m3:
-      return quantize_items<Bf16>;
+      return convert_items<Quantize<Bf16>>;
     case Convert::kFp16ToE4m3:
-      return quantize_items<Fp16>;
+      return convert_items<Quantize<Fp16>>;
     case Convert::kE4m3ToBf16:
-      return dequantize_items<Bf16>;
+      return convert_items<Dequantize<Bf16>>;
     case Convert::kE4m3ToFp16:
-      return dequantize_items<Fp16>;
+      return convert_items<Dequantize<Fp16>>;
     case Convert::kNone:
       break;
   }

@@ -55,7 +55,7 @@ struct CopyParams {
   Axis axis[kAxes];
   uint32_t spans = 0;
   uint32_t run = 0;    // bytes; of converted numbers, how many they are
-  uint32_t width = 1;  // bytes of the longest word that fits all addresses and the run
+  uint32_t width = 1;  // of a GPU: bytes of the longest word that fits all addresses and the run
   Divisor words;       // of a run
 
   LMCACHE_HD uint32_t items() const { return spans * axis[0].count.by * axis[1].count.by; }

@@ -7,27 +7,23 @@
 #include <cstdint>
 #include <memory>
 #include <numeric>
-#include <span>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "copy_params.hpp"
 #include "layout.hpp"
+#include "slots.hpp"
 
 namespace lmcache {
 
-// What a caller asks for; `tokens` from each slot on, of one page.
+// What a caller asks for; `tokens` from each slot on, of one page. The slots are a copy: somebody
+// may write to the caller's own between the look at them and their use.
 struct CopyRequest {
-  std::span<const int64_t> slots[kSides];
+  SlotList slots[2];
   uint32_t tokens = 1;
   uint32_t layers[2] = {0, 0};  // first, and one past the last
   Convert convert = Convert::kNone;
-};
-
-struct SlotError : std::out_of_range {
-  using std::out_of_range::out_of_range;
 };
 
 class CopyPlan {
@@ -35,28 +31,29 @@ class CopyPlan {
   static constexpr uint64_t kWord = 16;
   static constexpr uint64_t kShortRun = 4 << 10;
   static constexpr uint64_t kLongRun = 32 << 10;
+  static constexpr uint64_t kCutsTried = 1024;
 
   // Throws LayoutError or SlotError, which name the argument; nothing is copied then. The layouts
   // must outlive the plan. `scales` is looked at where numbers are converted.
-  CopyPlan(const Layout& src, const Layout& dst, const Layout& scales, const CopyRequest& request)
-      : request_(request) {
+  CopyPlan(const Layout& src, const Layout& dst, const Layout& scales, CopyRequest request)
+      : request_(std::move(request)) {
     layouts_ = {&src, &dst, &scales};
-    sides_ = request.convert == Convert::kNone ? 2 : 3;
+    sides_ = request_.convert == Convert::kNone ? 2 : 3;
     require_alike();
-    require_slots("src_slots", kSrc);
-    require_slots("dst_slots", kDst);
-    if (src.planes.empty() || request_.slots[kSrc].empty()) return;
-    fold();
-    for (size_t plane = 0; plane < src.planes.size();) {
-      const size_t end = alike_until(plane);
-      parts_.push_back(make_part(plane, end));
-      plane = end;
-    }
+    require_slots();
+    if (slots(kSrc).empty()) return;
+    for (const Stretch& stretch : stretches())
+      for (size_t plane = 0; plane < src.planes.size();) {
+        const size_t end = alike_until(plane);
+        parts_.push_back(make_part(stretch, plane, end));
+        plane = end;
+      }
   }
   CopyPlan(const CopyPlan&) = delete;
   CopyPlan& operator=(const CopyPlan&) = delete;
 
-  // One launch each: planes of another shape (V heads that are not as long as K's) have one apart.
+  // One launch each: planes of another shape (V heads that are not as long as K's) have one apart,
+  // and so do tokens that are less than the pages before them.
   const std::vector<CopyParams>& parts() const { return parts_; }
   Convert convert() const { return request_.convert; }
   uint64_t bytes() const { return bytes_; }
@@ -74,7 +71,7 @@ class CopyPlan {
   bool quantizes() const {
     return request_.convert == Convert::kBf16ToE4m3 || request_.convert == Convert::kFp16ToE4m3;
   }
-  const std::span<const int64_t>& slots(unsigned side) const {
+  const SlotList& slots(unsigned side) const {
     return request_.slots[side != kScale ? side : quantizes() ? kDst : kSrc];
   }
 
@@ -96,10 +93,10 @@ class CopyPlan {
     for (size_t i = 0; i < src.planes.size(); ++i)
       require(src.planes[i].run / from == dst.planes[i].run / to, "numbers of a token and head",
               src.planes[i].run / from, dst.planes[i].run / to);
-    if (request_.layers[0] > request_.layers[1] || request_.layers[1] > src.layers())
+    if (request_.layers[0] >= request_.layers[1] || request_.layers[1] > src.layers())
       throw LayoutError("layers: " + std::to_string(request_.layers[0]) + " to " +
                         std::to_string(request_.layers[1]) + " of " + std::to_string(src.layers()));
-    if (runs_overlap(dst)) throw LayoutError("dst: its rows overlap");
+    if (dst.overlaps) throw LayoutError("dst: its rows overlap");
     if (share_memory(src, dst)) throw LayoutError("dst: shares memory with src");
     if (sides_ == 3) require_scales();
   }
@@ -112,10 +109,7 @@ class CopyPlan {
       throw LayoutError("scales: not of the same pages, planes, layers and heads as the e4m3 side");
     for (const Plane& plane : scales.planes)
       if (plane.run != sizeof(float)) throw LayoutError("scales: not one float32 a token and head");
-    for (const Plane& plane : scales.planes)
-      for (const uint64_t address : {plane.token_stride, plane.head_stride, plane.page_stride})
-        if (address % sizeof(float) != 0) throw LayoutError("scales: not aligned");
-    if (runs_overlap(scales)) throw LayoutError("scales: its rows overlap");
+    if (scales.overlaps) throw LayoutError("scales: its rows overlap");
     if (share_memory(scales, layout(kSrc)) || share_memory(scales, layout(kDst)))
       throw LayoutError("scales: shares memory with src or dst");
   }
@@ -125,62 +119,40 @@ class CopyPlan {
     return quantizes() ? std::pair{2u, 1u} : std::pair{1u, 2u};
   }
 
-  void require_slots(const std::string& name, Side side) const {
-    const Layout& where = layout(side);
-    const auto& given = request_.slots[side];
-    if (given.size() != request_.slots[kSrc].size())
-      throw LayoutError("dst_slots: " + std::to_string(given.size()) + " for " +
-                        std::to_string(request_.slots[kSrc].size()) + " src_slots");
-    if (given.size() >= uint64_t{1} << 31) throw LayoutError(name + ": too many for one copy");
-    if (request_.tokens == 0 || request_.tokens > where.page_size)
-      throw LayoutError("tokens: " + std::to_string(request_.tokens) + " of pages of " +
-                        std::to_string(where.page_size));
-    const auto slots = static_cast<int64_t>(where.slots());
-    for (const int64_t slot : given) {
-      if (slot < 0 || slot >= slots)
-        throw SlotError(name + ": " + std::to_string(slot) + " is not one of " +
-                        std::to_string(slots));
-      if (slot % where.page_size + request_.tokens > where.page_size)
-        throw SlotError(name + ": " + std::to_string(request_.tokens) + " tokens from " +
-                        std::to_string(slot) + " reach into the next page");
-    }
-    if (side == kDst) require_each_once(name, slots);
+  void require_slots() const {
+    if (slots(kSrc).size() != slots(kDst).size())
+      throw LayoutError("dst_slots: " + std::to_string(slots(kDst).size()) + " for " +
+                        std::to_string(slots(kSrc).size()) + " src_slots");
+    require_pieces("src_slots", slots(kSrc), request_.tokens, layout(kSrc));
+    require_pieces("dst_slots", slots(kDst), request_.tokens, layout(kDst));
+    require_each_once("dst_slots", slots(kDst), request_.tokens, layout(kDst).slots());
   }
 
-  void require_each_once(const std::string& name, uint64_t slots) const {
-    const auto& given = request_.slots[kDst];
-    const auto too_close = [this](int64_t a, int64_t b) {
-      return b < a + int64_t{request_.tokens};
+  // Some of the slots, of which each `by` follow one another on both sides and are one span.
+  struct Stretch {
+    size_t first, last;
+    uint32_t by;
+  };
+
+  // As many as fill pages, and those that are left over: so that one token more does not take the
+  // pages before it apart.
+  std::vector<Stretch> stretches() const {
+    const size_t count = slots(kSrc).size();
+    const uint64_t most = std::min(layout(kSrc).page_size, layout(kDst).page_size);
+    const uint64_t page = std::bit_floor(std::min<uint64_t>(most / request_.tokens, count));
+    const size_t full = count - count % page;
+    const Stretch head = folded(0, full, page), rest = folded(full, count, page);
+    if (full == count || head.by == rest.by) return {{0, count, head.by}};
+    return {head, rest};
+  }
+
+  Stretch folded(size_t first, size_t last, uint64_t most) const {
+    auto by = static_cast<uint32_t>(std::gcd(last - first, most));
+    const auto follow = [&](Side side) {
+      return in_spans(slots(side), first, last, by, request_.tokens, layout(side).page_size);
     };
-    if (std::adjacent_find(given.begin(), given.end(), too_close) == given.end()) return;
-    std::vector<bool> taken(slots);
-    for (const int64_t slot : given)
-      for (uint32_t token = 0; token < request_.tokens; ++token) {
-        if (taken[slot + token])
-          throw SlotError(name + ": slot " + std::to_string(slot + token) + " is in it twice");
-        taken[slot + token] = true;
-      }
-  }
-
-  // Slots that follow one another on both sides become one span.
-  void fold() {
-    const size_t count = request_.slots[kSrc].size();
-    const uint32_t most = std::min(layout(kSrc).page_size, layout(kDst).page_size);
-    uint32_t by = std::gcd(static_cast<uint32_t>(count), std::bit_floor(most / request_.tokens));
-    while (by > 1 && !(follow(kSrc, by) && follow(kDst, by))) by /= 2;
-    fold_ = std::max(by, 1u);
-    tokens_ = request_.tokens * fold_;
-  }
-
-  bool follow(unsigned side, uint32_t by) const {
-    const auto& given = request_.slots[side];
-    const uint32_t page_size = layout(side).page_size;
-    for (size_t i = 0; i < given.size(); i += by) {
-      if (given[i] % page_size + int64_t{by} * request_.tokens > page_size) return false;
-      for (size_t j = 1; j < by; ++j)
-        if (given[i + j] != given[i] + static_cast<int64_t>(j) * request_.tokens) return false;
-    }
-    return true;
+    while (by > 1 && !(follow(kSrc) && follow(kDst))) by /= 2;
+    return {first, last, by};
   }
 
   // Planes from `plane` on that have the same strides, and so go together.
@@ -197,25 +169,27 @@ class CopyPlan {
     return end;
   }
 
-  CopyParams make_part(size_t plane, size_t end) {
+  CopyParams make_part(const Stretch& stretch, size_t plane, size_t end) {
     Tables& tables = *tables_.emplace_back(std::make_unique<Tables>());
     CopyParams params;
     for (unsigned side = 0; side < sides_; ++side) {
-      fill_spans(tables.span[side], side, plane);
+      fill_spans(tables.span[side], side, plane, stretch);
       fill_rows(tables.row[side], side, plane, end);
     }
-    std::vector<Loop> loops = loops_of(plane);
+    std::vector<Loop> loops = loops_of(plane, request_.tokens * stretch.by);
     uint64_t run = layout(kSrc).planes[plane].run, whole = run;
     if (request_.convert == Convert::kNone) {
       grow(run, loops, tables);
       whole = run;
       cut(run, loops);
     }
-    params.run = static_cast<uint32_t>(
-        request_.convert == Convert::kNone ? run : run / layout(kSrc).itemsize);
+    params.run = run_of(run);
     arrange(params, loops, tables);
     params.spans = static_cast<uint32_t>(tables.span[kSrc].size());
-    params.width = request_.convert == Convert::kNone ? width_of(params, tables, run) : 1;
+    if (request_.convert == Convert::kNone)
+      params.width = width_of(params, tables, run);
+    else
+      require_aligned(params, tables);
     params.words = Divisor(params.run / params.width);
     for (unsigned side = 0; side < sides_; ++side) {
       params.span[side] = tables.span[side].data();
@@ -228,12 +202,20 @@ class CopyPlan {
     return params;
   }
 
-  void fill_spans(std::vector<uint64_t>& offsets, unsigned side, size_t plane) const {
+  uint32_t run_of(uint64_t bytes) const {
+    const uint64_t run = request_.convert == Convert::kNone ? bytes : bytes / layout(kSrc).itemsize;
+    if (run > UINT32_MAX)
+      throw LayoutError("src: a run of " + std::to_string(bytes) + " bytes is too long");
+    return static_cast<uint32_t>(run);
+  }
+
+  void fill_spans(std::vector<uint64_t>& offsets, unsigned side, size_t plane,
+                  const Stretch& stretch) const {
     const Layout& where = layout(side);
     const Plane& shape = where.planes[plane];
     const auto& given = slots(side);
-    offsets.reserve(given.size() / fold_);
-    for (size_t i = 0; i < given.size(); i += fold_)
+    offsets.reserve((stretch.last - stretch.first) / stretch.by);
+    for (size_t i = stretch.first; i < stretch.last; i += stretch.by)
       offsets.push_back(where.page_offset(shape, given[i] / where.page_size) +
                         given[i] % where.page_size * shape.token_stride);
   }
@@ -253,8 +235,8 @@ class CopyPlan {
     uint64_t stride[kSides];
   };
 
-  std::vector<Loop> loops_of(size_t plane) const {
-    Loop token{tokens_, false, {}}, head{layout(kSrc).heads, false, {}};
+  std::vector<Loop> loops_of(size_t plane, uint32_t tokens) const {
+    Loop token{tokens, false, {}}, head{layout(kSrc).heads, false, {}};
     for (unsigned side = 0; side < sides_; ++side) {
       token.stride[side] = layout(side).planes[plane].token_stride;
       head.stride[side] = layout(side).planes[plane].head_stride;
@@ -277,13 +259,18 @@ class CopyPlan {
     }
   }
 
-  // Long runs are cut, so that many threads share one.
+  // Long runs are cut into as few pieces as will do, so that many threads share one. Words that fit
+  // the run fit its pieces.
   static void cut(uint64_t& run, std::vector<Loop>& loops) {
-    uint64_t piece = std::min(run, kLongRun);
-    while (run % piece != 0 || (piece % kWord != 0 && run % kWord == 0)) --piece;
-    if (piece < kShortRun || loops.size() > 1) return;
-    if (piece < run) loops.push_back({static_cast<uint32_t>(run / piece), false, {piece, piece}});
-    run = piece;
+    if (run <= kLongRun || loops.size() > 1) return;
+    const uint64_t words = run >> std::countr_zero(run | kWord);
+    const uint64_t fewest = (run + kLongRun - 1) / kLongRun;
+    for (uint64_t n = fewest; n < fewest + kCutsTried && run / n >= kShortRun; ++n)
+      if (words % n == 0) {
+        run /= n;
+        loops.push_back({static_cast<uint32_t>(n), false, {run, run}});
+        return;
+      }
   }
 
   static bool continues(const Loop& loop, uint64_t run) {
@@ -334,15 +321,30 @@ class CopyPlan {
     for (size_t i = 0; i < kAxes - loops.size(); ++i) params.axis[i].count = Divisor(1);
   }
 
+  // Where a side's runs begin, all together: a multiple of what all these addresses are one of.
+  static uint64_t addresses(const CopyParams& params, const Tables& tables, unsigned side) {
+    uint64_t all = 0;
+    for (const uint64_t offset : tables.span[side]) all |= offset;
+    for (const uint64_t offset : tables.row[side]) all |= offset;
+    for (const Axis& axis : params.axis)
+      if (!axis.is_row && axis.count.by > 1) all |= static_cast<uint64_t>(axis.stride[side]);
+    return all;
+  }
+
   static uint32_t width_of(const CopyParams& params, const Tables& tables, uint64_t run) {
-    uint64_t all = run | 16;
-    for (unsigned side = 0; side < 2; ++side) {
-      for (const uint64_t offset : tables.span[side]) all |= offset;
-      for (const uint64_t offset : tables.row[side]) all |= offset;
-      for (const Axis& axis : params.axis)
-        if (!axis.is_row && axis.count.by > 1) all |= static_cast<uint64_t>(axis.stride[side]);
-    }
-    return 1u << std::countr_zero(all);
+    return 1u << std::countr_zero(run | kWord | addresses(params, tables, kSrc) |
+                                  addresses(params, tables, kDst));
+  }
+
+  // A GPU's load of a number from another address ends all that it does.
+  void require_aligned(const CopyParams& params, const Tables& tables) const {
+    constexpr std::array<const char*, kSides> kNames = {"src", "dst", "scales"};
+    const std::array<uint32_t, kSides> sizes = {itemsizes().first, itemsizes().second,
+                                                sizeof(float)};
+    for (unsigned side = 0; side < kSides; ++side)
+      if (addresses(params, tables, side) % sizes[side] != 0)
+        throw LayoutError(std::string(kNames[side]) + ": not aligned, numbers of " +
+                          std::to_string(sizes[side]) + " bytes are to be converted");
   }
 
   static void require_countable(const CopyParams& params) {
@@ -356,8 +358,6 @@ class CopyPlan {
   const CopyRequest request_;
   std::array<const Layout*, kSides> layouts_;
   unsigned sides_;
-  uint32_t fold_ = 1;
-  uint32_t tokens_ = 1;  // of a span
   std::vector<std::unique_ptr<Tables>> tables_;
   std::vector<CopyParams> parts_;
   uint64_t bytes_ = 0;

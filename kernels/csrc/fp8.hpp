@@ -1,6 +1,7 @@
 // Numbers of 16 bits and of 8 (e4m3: Micikevicius et al., 2022, "FP8 formats for deep learning"; no
-// infinities, 448 the largest), by integer arithmetic alone, so that a CPU and a GPU agree bit by
-// bit on what is finite.
+// infinities, 448 the largest). Rounding is integer arithmetic. The one float operation is by the
+// scale; which NaN it makes differs between processors, so that no NaN's bits are taken from it: a
+// NaN has the sign of its number and of the scale, and one mantissa.
 #pragma once
 
 #include "copy_body.hpp"
@@ -29,15 +30,21 @@ LMCACHE_HD uint32_t round_off(uint32_t value, unsigned bits) {
   return (value + half - 1 + ((value >> bits) & 1)) >> bits;
 }
 
-LMCACHE_HD bool is_nan(uint32_t float_bits) { return (float_bits & 0x7FFFFFFF) > 0x7F800000; }
+LMCACHE_HD uint32_t sign_of(float value) { return bits_of(value) & 0x80000000; }
+
+// The bits of a float without its sign; beyond those of infinity is what is no number.
+LMCACHE_HD uint32_t magnitude_of(float value) { return bits_of(value) & 0x7FFFFFFF; }
+
+inline constexpr uint32_t kInfinity = 0x7F800000;
+
+// Formats decode to a float, and encode a sign, as a float has it, and a magnitude.
 
 struct Bf16 {
   LMCACHE_HD static float decode(uint16_t bits) { return as_float(uint32_t{bits} << 16); }
 
-  LMCACHE_HD static uint16_t encode(float value) {
-    const uint32_t bits = bits_of(value);
-    if (is_nan(bits)) return static_cast<uint16_t>(bits >> 16 | 0x40);
-    return static_cast<uint16_t>(round_off(bits, 16));
+  LMCACHE_HD static uint16_t encode(uint32_t sign, uint32_t magnitude) {
+    const uint32_t bits = magnitude > kInfinity ? 0x7FC0 : round_off(magnitude, 16);
+    return static_cast<uint16_t>(sign >> 16 | bits);
   }
 };
 
@@ -75,10 +82,9 @@ struct Fp16 : Small<10, 15, 0x7BFF, 0x7C00> {
     return as_float(sign | bits_of(decode_magnitude(magnitude)));
   }
 
-  LMCACHE_HD static uint16_t encode(float value) {
-    const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000;
-    if (is_nan(bits)) return static_cast<uint16_t>(sign | 0x7E00);
-    return static_cast<uint16_t>(sign | encode_magnitude(bits & 0x7FFFFFFF));
+  LMCACHE_HD static uint16_t encode(uint32_t sign, uint32_t magnitude) {
+    const uint32_t bits = magnitude > kInfinity ? 0x7E00 : encode_magnitude(magnitude);
+    return static_cast<uint16_t>(sign >> 16 | bits);
   }
 };
 
@@ -92,10 +98,9 @@ struct E4m3 : Small<3, 7, 0x7E, 0x7E> {  // what is too large becomes the larges
     return as_float(sign | bits_of(decode_magnitude(magnitude)));
   }
 
-  LMCACHE_HD static uint8_t encode(float value) {
-    const uint32_t bits = bits_of(value), sign = bits >> 24 & 0x80;
-    if (is_nan(bits)) return static_cast<uint8_t>(sign | kNan);
-    return static_cast<uint8_t>(sign | encode_magnitude(bits & 0x7FFFFFFF));
+  LMCACHE_HD static uint8_t encode(uint32_t sign, uint32_t magnitude) {
+    const uint32_t bits = magnitude > kInfinity ? kNan : encode_magnitude(magnitude);
+    return static_cast<uint8_t>(sign >> 24 | bits);
   }
 };
 
@@ -131,6 +136,7 @@ template <class Half>
 struct Quantize {
   using From = uint16_t;
   using To = uint8_t;
+  static constexpr bool kMakesScale = true;
 
   // The largest magnitude that a lane sees. NaNs count for nothing.
   template <unsigned kBy = 1, class Memory = Direct>
@@ -142,8 +148,7 @@ struct Quantize {
       const Type packet = memory.template load<Type>(from + uint64_t{i} * sizeof(Type));
       LMCACHE_UNROLL
       for (unsigned j = 0; j < kBy; ++j) {
-        const uint32_t bits = bits_of(Half::decode(number_of<From>(packet, j)));
-        const float magnitude = as_float(bits & 0x7FFFFFFF);
+        const float magnitude = as_float(magnitude_of(Half::decode(number_of<From>(packet, j))));
         if (magnitude > most) most = magnitude;
       }
     }
@@ -153,7 +158,8 @@ struct Quantize {
   LMCACHE_HD static float scale(float largest) { return largest / E4m3::kMost; }
 
   LMCACHE_HD static To convert(From value, float scale) {
-    return E4m3::encode(scale > 0 ? Half::decode(value) / scale : Half::decode(value));
+    const float number = Half::decode(value);
+    return E4m3::encode(sign_of(number), magnitude_of(scale > 0 ? number / scale : number));
   }
 };
 
@@ -161,9 +167,11 @@ template <class Half>
 struct Dequantize {
   using From = uint8_t;
   using To = uint16_t;
+  static constexpr bool kMakesScale = false;
 
   LMCACHE_HD static To convert(From value, float scale) {
-    return Half::encode(E4m3::decode(value) * scale);
+    const float number = E4m3::decode(value);
+    return Half::encode(sign_of(number) ^ sign_of(scale), magnitude_of(number * scale));
   }
 };
 

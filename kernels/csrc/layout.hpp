@@ -38,9 +38,11 @@ class Layout {
   uint32_t page_size = 0;  // tokens
   uint32_t heads = 0;
   uint32_t itemsize = 0;            // bytes of a number
-  std::vector<MemoryRange> memory;  // all that may be touched; in order, and apart
+  std::vector<MemoryRange> memory;  // all that may be touched
+  bool overlaps = false;            // a run lies over another one (overlap.hpp)
 
-  // Everything that a copy relies on. Throws LayoutError.
+  // Everything that a copy relies on. Throws LayoutError. Afterwards the memory's ranges are in
+  // order, and apart.
   void require_sound() {
     if (planes.empty()) throw LayoutError("planes: there is none");
     if (page_size == 0) throw LayoutError("page_size: must be at least 1");
@@ -49,8 +51,10 @@ class Layout {
     if (!pages_at.empty() && pages_at.size() != pages)
       throw LayoutError("pages_at: " + std::to_string(pages_at.size()) + " addresses for " +
                         std::to_string(pages) + " pages");
-    std::sort(memory.begin(), memory.end(),
-              [](const MemoryRange& a, const MemoryRange& b) { return a.start < b.start; });
+    if (Wide{pages} * page_size >= Wide{1} << 63)
+      throw LayoutError("pages: " + std::to_string(pages) + " of " + std::to_string(page_size) +
+                        " tokens are more than slots have numbers");
+    merge_memory();
     for (const Plane& plane : planes) require_sound(plane);
   }
 
@@ -62,6 +66,21 @@ class Layout {
   }
 
  private:
+  void merge_memory() {
+    for (const MemoryRange& range : memory)
+      if (range.end < range.start) throw LayoutError("memory: a range ends before it begins");
+    std::erase_if(memory, [](const MemoryRange& range) { return range.start == range.end; });
+    std::sort(memory.begin(), memory.end(),
+              [](const MemoryRange& a, const MemoryRange& b) { return a.start < b.start; });
+    size_t kept = 0;
+    for (const MemoryRange range : memory)
+      if (kept > 0 && range.start <= memory[kept - 1].end)
+        memory[kept - 1].end = std::max(memory[kept - 1].end, range.end);
+      else
+        memory[kept++] = range;
+    memory.resize(kept);
+  }
+
   void require_sound(const Plane& plane) const {
     if (plane.layers.size() != layers())
       throw LayoutError("planes: one has " + std::to_string(plane.layers.size()) +
@@ -95,24 +114,16 @@ class Layout {
   }
 };
 
-// A destination's runs must not overlap, or what it holds afterwards is a matter of order.
-inline bool runs_overlap(const Layout& layout) {
-  for (const Plane& plane : layout.planes) {
-    std::pair<uint64_t, uint64_t> inner{plane.token_stride, layout.page_size};
-    std::pair<uint64_t, uint64_t> outer{plane.head_stride, layout.heads};
-    if (outer.first < inner.first) std::swap(inner, outer);
-    if (inner.second > 1 && inner.first < plane.run) return true;
-    const Wide reach = Wide{inner.first} * (inner.second - 1) + plane.run;
-    if (outer.second > 1 && outer.first < reach) return true;
-  }
-  return false;
-}
-
 // Two of them have memory in common.
 inline bool share_memory(const Layout& one, const Layout& other) {
-  for (const MemoryRange& a : one.memory)
-    for (const MemoryRange& b : other.memory)
-      if (a.start < b.end && b.start < a.end) return true;
+  auto a = one.memory.begin(), b = other.memory.begin();
+  while (a != one.memory.end() && b != other.memory.end()) {
+    if (a->start < b->end && b->start < a->end) return true;
+    if (a->end < b->end)
+      ++a;
+    else
+      ++b;
+  }
   return false;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from threading import Barrier, Event, Thread, get_ident
@@ -123,6 +124,36 @@ def test_a_job_may_bring_a_batch_of_its_own() -> None:
     workers, ran = Workers(2), Counter[int]()
     workers.run(4, lambda _: workers.run(4, lambda i: ran.update([i])))
     assert ran == Counter(dict.fromkeys(range(4), 4))
+
+
+FORKS = """
+import os, sys
+from array import array
+from lmcache_sglang.kernels.copy_plan import CopyPlan, copy_pages
+from lmcache_sglang.kernels.layout import PageLayout, Plane
+
+def rows(memory):
+    at, size = memory.buffer_info()
+    return PageLayout((Plane((at,), 0, 1024, 0, 1024),), 1, size // 1024, 1, 1, ((at, size),))
+
+src, dst = array("B", bytes(range(256)) * 8192), array("B", bytes(2 << 20))
+copy_pages(CopyPlan(range(2048), range(2048)), rows(src), rows(dst), threads=3)
+if os.fork():
+    status = os.waitstatus_to_exitcode(os.wait()[1])
+else:
+    src.reverse()
+    copy_pages(CopyPlan(range(2048), range(2048)), rows(src), rows(dst), threads=3)
+    for threads in range(4, 9):  # so that the parent's pool is no longer kept
+        copy_pages(CopyPlan([0], [0]), rows(src), rows(dst), threads=threads)
+    status = 0
+sys.exit(status or dst != src)
+"""
+
+
+def test_a_forked_child_copies_and_ends_as_others_do() -> None:
+    """It has its parent's pool of threads, but none of the threads."""
+    for _ in range(5):
+        subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=60)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler here")
