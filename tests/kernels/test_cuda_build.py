@@ -1,12 +1,12 @@
 """The kernels as machine code: by NVRTC and by nvcc, for each architecture, without a GPU; and the cubins on disk.
 
-NVRTC comes with the tests' environment. nvcc may be missing. No test here runs a kernel.
+Both compilers come with the tests' environment (lmcache_sglang/testing/sglang_cpu/requirements.txt). No test here runs a
+kernel.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import triton
 
 from lmcache_sglang.errors import CudaUnavailableError
 from lmcache_sglang.kernels import _native
@@ -23,14 +22,12 @@ from lmcache_sglang.kernels.cuda import __main__ as command
 from lmcache_sglang.kernels.cuda.compilers import Compiler, Nvcc, Nvrtc
 from lmcache_sglang.kernels.cuda.cubins import Cubins
 
-TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 ARCHS = ["sm_80", "sm_90", "sm_100"]
 MOST_REGISTERS = 64  # of a thread: 4 blocks of 256 threads fit an SM then, as choice.py reckons
 COMPILERS: dict[str, Callable[[], Compiler]] = {"nvrtc": Nvrtc, "nvcc": Nvcc}
-NEEDS_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 
-@pytest.fixture(params=[pytest.param("nvcc", marks=NEEDS_NVCC), "nvrtc"])
+@pytest.fixture(params=COMPILERS)
 def compiler(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -43,9 +40,11 @@ def compiled(compiler: str, arch: str) -> bytes:
 
 def inspect(cubin: bytes, folder: Path, *options: str) -> str:
     """What cuobjdump, which Triton brings along, says of a cubin."""
+    triton = pytest.importorskip("triton", reason="torch brings no Triton here")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     file = folder / "kernels.cubin"
     file.write_bytes(cubin)
-    arguments = [str(TOOLS / "cuobjdump"), *options, str(file)]
+    arguments = [str(tool), *options, str(file)]
     return subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
 
 
@@ -193,7 +192,6 @@ def test_a_crash_leaves_no_half_a_cubin(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-@NEEDS_NVCC
 def test_what_was_built_ahead_is_taken_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +231,7 @@ def test_without_either_compiler_both_are_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(compilers, "NVCC_PACKAGE", "no-such-package")
     with pytest.raises(CudaUnavailableError, match=r"pip install cuda-python.*CUDA toolkit"):
         build.cubin_for("sm_90", tmp_path)
 
@@ -244,6 +243,23 @@ def test_bindings_without_nvrtc_are_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("cuda.bindings.nvrtc.nvrtcVersion", find_no_library)
     with pytest.raises(CudaUnavailableError, match=r"pip install nvidia-cuda-nvrtc .*libnvrtc"):
         Nvrtc()
+
+
+def test_nvcc_of_a_package_is_found_where_none_is_on_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilers, "_nvcc_on_path", lambda: None)
+    nvcc = Nvcc()
+    assert nvcc.name == "nvcc-13.0.88"
+    assert sorted(resources(nvcc.compile("sm_90"), tmp_path)) == _native.kernels()
+
+
+def test_a_log_of_one_byte_is_written_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has one object for all bytes of length 1, and NVRTC writes into the one that it is given."""
+    nvrtc, given = Nvrtc(), list[bytes]()
+    monkeypatch.setattr(nvrtc, "_call", lambda _name, _program, room: given.append(room))
+    assert nvrtc._written("nvrtcGetProgramLog", None, 1) == b"\0"
+    assert not any(given[0] is bytes([number]) for number in range(256))
 
 
 def test_nvcc_that_is_none_is_said(tmp_path: Path) -> None:
