@@ -6,6 +6,7 @@ kernel.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -192,6 +193,36 @@ def test_a_crash_leaves_no_half_a_cubin(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_several_the_newest_is_taken(tmp_path: Path) -> None:
+    kept = Cubins(tmp_path)
+    for version in ["13.9.1", "13.10.0", "9.2"]:
+        kept.keep("sm_90", f"nvcc-{version}", version.encode())
+    assert list(kept.find_all("sm_90", "nvcc-*")) == [b"13.10.0", b"13.9.1", b"9.2"]
+    assert build.cubin_for("sm_90", tmp_path).cubin == b"13.10.0"
+
+
+def test_one_that_is_not_accepted_gives_way_to_the_next(tmp_path: Path) -> None:
+    Cubins(tmp_path).keep("sm_90", "nvcc-99.0", b"too new")
+
+    def accept(built: build.Built) -> None:
+        if built.cubin == b"too new":
+            raise CudaUnavailableError("the driver is older")
+
+    assert build.cubin_for("sm_90", tmp_path, accept).source.startswith("nvrtc")
+
+
+def test_whoever_serves_may_read_what_another_user_built(tmp_path: Path) -> None:
+    path = Cubins(tmp_path / "cubins").keep("sm_90", "nvcc-13.0", b"cubin")
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert path.parent.stat().st_mode & 0o055 == 0o055 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_what_was_built_ahead_is_taken_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,9 +235,14 @@ def test_what_was_built_ahead_is_taken_first(
 
 
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        command.main(["--arch", "90", "--into", str(tmp_path)])
-    assert "sm_90" in capsys.readouterr().err
+    for arch in [
+        "90",
+        "sm_90a",
+        "sm_100f",
+    ]:  # a GPU's own name has no letter, and finds no such cubin
+        with pytest.raises(SystemExit):
+            command.main(["--arch", arch, "--into", str(tmp_path)])
+        assert f"{arch!r} is not like sm_90" in capsys.readouterr().err
     given = ["--arch", "sm_10", "--into", str(tmp_path), "--compiler", "nvrtc"]
     assert command.main(given) == 1
     assert "knows no sm_10, only sm_75" in capsys.readouterr().err
