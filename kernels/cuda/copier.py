@@ -15,10 +15,12 @@ from .driver import Gpu
 from .layered import LayeredCopy
 from .prepared import PreparedCopy, PreparedLayers
 from .reach import Reach
-from .staging import Area, Passed, Staging
+from .staging import SMALLEST, Area, Passed, Staging
 
 if TYPE_CHECKING:
     import torch
+
+PINNED_AHEAD = 8  # areas for tables
 
 
 class Stream(Protocol):
@@ -288,16 +290,25 @@ def _index_of(device: torch.device) -> int:
     return torch.cuda.current_device()
 
 
+def _pinned(size: int) -> torch.Tensor:
+    import torch
+
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
 class _TorchMemory:
     """torch's streams, events and memory."""
 
     def __init__(self, index: int) -> None:
         self._index = index
+        # torch keeps pinned memory that was given back, and pinning some for the first time may wait for the GPU.
+        for_later = [_pinned(SMALLEST) for _ in range(PINNED_AHEAD)]
+        del for_later
 
     def area(self, size: int, stream: Stream) -> Area:
         import torch
 
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        host = _pinned(size)
         with torch.cuda.stream(stream):  # type: ignore[arg-type]
             device = torch.empty(size, dtype=torch.uint8, device=f"cuda:{self._index}")
         return Area(host.data_ptr(), device.data_ptr(), size, (host, device))

@@ -245,6 +245,27 @@ def rows_that_are_apart_in_some_layers_only() -> None:
     assert not out[[1, 2, 3, 6]].any()
 
 
+def each_layer_has_the_word_that_fits_it() -> None:
+    """The first layer is aligned to 16 bytes, the second to 2 only: a GPU faults on longer words there."""
+    session = Session()
+    memory = torch.arange(512, dtype=torch.int16).view(torch.uint8)
+    out = torch.zeros_like(memory)
+    for tensor, where in [(memory, HOST), (out, DEVICE)]:
+        fake.fake_register(tensor.data_ptr(), tensor.numel(), where)
+        session.ranges.append((tensor.data_ptr(), tensor.numel()))
+    layouts = [
+        PageLayout.device_pool(
+            [[tensor[at : at + 64].view(1, 1, 64) for at in (0, 130)]], page_size=1
+        )
+        for tensor in (memory, out)
+    ]
+    session.copier.copy_by_layer(CopyPlan([0], [0]), *layouts)
+    session.run()
+    assert session.kernels == ["lmcache_copy_16", "lmcache_copy_2"]
+    assert torch.equal(out[:64], memory[:64])
+    assert torch.equal(out[130:194], memory[130:194])
+
+
 def long_runs_of_a_layer_go_to_the_copy_engine() -> None:
     session = Session()
     shape = PoolShape(layers=4, page_size=16, heads=8, dims=(256, 256))
@@ -503,6 +524,7 @@ CHECKS = {
         eighty_layers_wait_for_nothing,
         every_layout_a_layer_at_a_time,
         rows_that_are_apart_in_some_layers_only,
+        each_layer_has_the_word_that_fits_it,
         long_runs_of_a_layer_go_to_the_copy_engine,
         a_layer_at_a_time_converts_too,
         a_copy_that_is_refused_enqueues_no_layer,
