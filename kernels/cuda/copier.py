@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ...errors import CudaError
+from ...errors import CudaError, CudaUnavailableError
 from ..copy_plan import CopyPlan
 from ..layout import PageLayout
 from .build import Built, cubin_for
@@ -64,10 +64,10 @@ class CudaCopier:
         try:
             with self._gpu.current():
                 self.built: Built = cubin_for(self._gpu.arch, cubins, self._take)
+            self._memory = memory or _TorchMemory(index)
         except CudaError:
             self._gpu.close()
             raise
-        self._memory = memory or _TorchMemory(index)
         self._staging: dict[int, Staging] = {}
         self._used: dict[int, Stream] = {}
         self._reach = Reach(self._gpu.allocation_at)
@@ -302,7 +302,10 @@ class _TorchMemory:
     def __init__(self, index: int) -> None:
         self._index = index
         # torch keeps pinned memory that was given back, and pinning some for the first time may wait for the GPU.
-        for_later = [_pinned(SMALLEST) for _ in range(PINNED_AHEAD)]
+        try:
+            for_later = [_pinned(SMALLEST) for _ in range(PINNED_AHEAD)]
+        except RuntimeError as error:
+            raise CudaUnavailableError(f"torch pins no memory: {error}") from error
         del for_later
 
     def area(self, size: int, stream: Stream) -> Area:

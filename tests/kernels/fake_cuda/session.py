@@ -453,6 +453,12 @@ def what_fails_at_the_start_is_given_back() -> None:
     assert fake.fake_depth() == 0
 
 
+def a_torch_without_gpus_is_said() -> None:
+    wanted = "torch pins no memory"
+    must_fail(lambda: CudaCopier(0, cubins=CUBINS), CudaUnavailableError, wanted)
+    assert fake.fake_calls(b"release") == 1
+
+
 def a_device_without_a_number_is_the_current_one() -> None:
     torch.cuda.current_device = lambda: 1
     copier = partial(CudaCopier, cubins=CUBINS)
@@ -538,6 +544,7 @@ CHECKS = {
         what_the_driver_refuses_is_said,
         a_cubin_that_the_driver_refuses_is_not_the_last_word,
         what_fails_at_the_start_is_given_back,
+        a_torch_without_gpus_is_said,
         a_device_without_a_number_is_the_current_one,
         no_blocks_are_refused,
         closing_gives_it_all_back,
