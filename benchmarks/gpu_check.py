@@ -7,11 +7,13 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +39,8 @@ Checks and measures this package on an NVIDIA GPU, and writes what was seen into
 
   1. copies     every pair of page layouts, host to GPU, GPU to host and within the GPU, by kernel and by
                 copy engine, aligned and not; conversions to e4m3 and back; single tokens, some layers, a layer at
-                a time behind its event, all orders of vLLM's blocks; each compared with torch, bit by bit
+                a time behind its event, registered memory, all orders of vLLM's blocks; each compared with torch,
+                bit by bit
   2. speed      GB/s of the same copies with pages of Llama 3 8B, beside cudaMemcpy of as many bytes; how many
                 blocks a launch should have; from which length of a run the copy engine is the faster one
   3. overlap    copies a layer at a time beside matrix products
@@ -134,6 +137,7 @@ def _check_copies(report: Report, machine: Machine, say: Callable[[str], None]) 
         gpu_copies.check_layouts,
         gpu_copies.check_conversions,
         gpu_pieces.check_tokens,
+        gpu_pieces.check_registered,
         gpu_pieces.check_by_layer,
         gpu_pieces.check_orders,
     ):
@@ -183,7 +187,21 @@ def _machine(copier: CudaCopier, device: int) -> Machine:
         torch.cuda.synchronize,
         seconds,
         read_behind,
+        _registered,
     )
+
+
+@contextmanager
+def _registered(memory: Sequence[tuple[int, int]]) -> Iterator[None]:
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    for address, size in memory:
+        torch.cuda.check_error(int(runtime.cudaHostRegister(address, size, 0)))
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize()
+        for address, _ in memory:
+            torch.cuda.check_error(int(runtime.cudaHostUnregister(address)))
 
 
 def _describe(device: int, copier: CudaCopier) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Protocol
@@ -89,6 +90,7 @@ class Machine:
         finish: waits until all copies are done.
         seconds: what one call takes, everything that it enqueues included.
         read_behind: copies of tensors, made as soon as the event is passed, and not later.
+        registered: pins memory that was not, by address and bytes, while the context lasts.
     """
 
     mover: Mover
@@ -97,6 +99,7 @@ class Machine:
     finish: Callable[[], None]
     seconds: Callable[[Callable[[], object]], float]
     read_behind: Callable[[Passed, Sequence[Tensor]], list[Tensor]]
+    registered: Callable[[Sequence[tuple[int, int]]], AbstractContextManager[None]]
 
     def directions(self) -> Iterator[tuple[str, Place, Place]]:
         yield "H2D", self.host, self.gpu

@@ -77,6 +77,42 @@ def _places(pool: Pool, slots: Sequence[int]) -> tuple[list[int], list[int]]:
     return [slot // size for slot in slots], [slot % size for slot in slots]
 
 
+def check_registered(machine: Machine, say: Callable[[str], None]) -> list[Checked]:
+    """Records in memory that was pinned where it lay, as a tier's is. Before that it is refused, or copied right."""
+    checked = Checked("records in registered memory")
+    shape = PoolShape(pages=64)
+    for way in Way:
+        records = Pool("records", shape)
+        gpu, again = (machine.gpu.pool("device", shape) for _ in range(2))
+        checked.add(f"unpinned, {way.value}", _is_refused_or_right(machine, records, gpu, way))
+        with machine.registered(records.memory()):
+            for src, dst in [(gpu, records), (records, again)]:
+                what = f"{src.kind} to {dst.kind}, {way.value}"
+                checked.add(what, _copies_pages(machine, src, dst, way))
+    say(checked.line())
+    return [checked]
+
+
+def _is_refused_or_right(machine: Machine, src: Pool, dst: Pool, way: Way) -> bool:
+    """Some GPUs read memory that is not pinned."""
+    try:
+        return _copies_pages(machine, src, dst, way)
+    except ValueError as error:
+        return str(error).startswith("memory: ")
+
+
+def _copies_pages(machine: Machine, src: Pool, dst: Pool, way: Way) -> bool:
+    src.fill(1)
+    dst.fill(2)
+    wanted = dst.twin()
+    copy_by_torch(src, wanted, *PAGES, range(src.shape.layers))
+    machine.finish()
+    plan = CopyPlan.of_pages(*PAGES, page_size=src.shape.page_size)
+    machine.mover.copy(plan, src.layout, dst.layout, way=way)
+    machine.finish()
+    return dst.same(wanted)
+
+
 def check_by_layer(machine: Machine, say: Callable[[str], None]) -> list[Checked]:
     """A layer at a time: each is there behind its own event, read while later ones may be under way."""
     done = []

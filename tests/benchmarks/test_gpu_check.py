@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,7 +90,13 @@ def seconds(call: Callable[[], object]) -> float:
 
 def machine(careless: bool = False) -> Machine:
     return Machine(
-        CpuMover(careless), Place("host"), Place("GPU"), lambda: None, seconds, read_behind
+        CpuMover(careless),
+        Place("host"),
+        Place("GPU"),
+        lambda: None,
+        seconds,
+        read_behind,
+        lambda _: nullcontext(),
     )
 
 
@@ -114,6 +121,8 @@ def test_it_finds_all_copies_right() -> None:
     assert [(each.right, each.wrong) for each in done] == [(len(KINDS) ** 2 * 3 * 2, None)] * 3
     done = gpu_pieces.check_by_layer(machine(), quiet)
     assert [(each.right, each.wrong) for each in done] == [(4, None)] * 3
+    (registered,) = gpu_pieces.check_registered(machine(), quiet)
+    assert (registered.right, registered.wrong) == (6, None)
     (orders,) = gpu_pieces.check_orders(machine(), quiet)
     assert (orders.right, orders.wrong) == (6 * 3 * 2, None)
 
@@ -124,6 +133,7 @@ def test_it_finds_what_is_wrong() -> None:
         *gpu_copies.check_layouts(machine(careless=True), quiet),
         *gpu_copies.check_conversions(machine(careless=True), quiet),
         *gpu_pieces.check_tokens(machine(careless=True), quiet),
+        *gpu_pieces.check_registered(machine(careless=True), quiet),
         *gpu_pieces.check_by_layer(machine(careless=True), quiet),
         *gpu_pieces.check_orders(machine(careless=True), quiet),
     ]
