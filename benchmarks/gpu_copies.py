@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Protocol
@@ -18,6 +19,7 @@ from torch import Tensor
 from lmcache_sglang.kernels.copy_plan import Convert, CopyPlan
 from lmcache_sglang.kernels.cuda.choice import Way
 from lmcache_sglang.kernels.cuda.prepared import PreparedCopy
+from lmcache_sglang.kernels.cuda.staging import Passed
 from lmcache_sglang.kernels.layout import PageLayout
 from lmcache_sglang.testing.torch_pools import (
     KINDS,
@@ -63,6 +65,9 @@ class Mover(Protocol):
         way: Way | None = None,
         most_blocks: int | None = None,
     ) -> int: ...
+    def copy_by_layer(
+        self, plan: CopyPlan, src: PageLayout, dst: PageLayout
+    ) -> Sequence[Passed]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,8 @@ class Machine:
     Attributes:
         finish: waits until all copies are done.
         seconds: what one call takes, everything that it enqueues included.
+        read_behind: copies of tensors, made as soon as the event is passed, and not later.
+        registered: pins memory that was not, by address and bytes, while the context lasts.
     """
 
     mover: Mover
@@ -91,6 +98,8 @@ class Machine:
     gpu: Place
     finish: Callable[[], None]
     seconds: Callable[[Callable[[], object]], float]
+    read_behind: Callable[[Passed, Sequence[Tensor]], list[Tensor]]
+    registered: Callable[[Sequence[tuple[int, int]]], AbstractContextManager[None]]
 
     def directions(self) -> Iterator[tuple[str, Place, Place]]:
         yield "H2D", self.host, self.gpu
@@ -111,6 +120,9 @@ class Checked:
             self.right += 1
         else:
             self.wrong = [*(self.wrong or []), what]
+
+    def line(self) -> str:
+        return f"{self.name}: {self.right} right, {len(self.wrong or [])} wrong"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +157,7 @@ def check_layouts(machine: Machine, say: Callable[[str], None]) -> list[Checked]
                         src, dst = source.pool(a, shape, shift), target.pool(b, shape)
                         what = f"{a} to {b} by {way.value}, shifted by {shift}"
                         checked.add(what, _copies(machine, src, dst, way))
-            say(f"{checked.name}: {checked.right} right, {len(checked.wrong or [])} wrong")
+            say(checked.line())
             done.append(checked)
     return done
 
@@ -174,7 +186,7 @@ def check_conversions(machine: Machine, say: Callable[[str], None]) -> list[Chec
                 scales = target.pool(narrow, scales_shape(shape))
                 what = f"{wide} to {narrow}, {direction}"
                 checked.add(what, _converts(machine, src, small, scales, again))
-        say(f"{checked.name}: {checked.right} right, {len(checked.wrong or [])} wrong")
+        say(checked.line())
         done.append(checked)
     return done
 
@@ -183,6 +195,8 @@ def _converts(machine: Machine, src: Pool, small: Pool, scales: Pool, again: Poo
     generator = torch.Generator().manual_seed(3)
     for flat in src.flats:
         flat.copy_(torch.randn(flat.shape, generator=generator) * 3)
+    _plant(src)
+    machine.finish()
     there, back = CONVERSIONS[src.shape.dtype]
     size = src.shape.page_size
     plan = CopyPlan.of_pages(*PAGES, page_size=size, convert=there)
@@ -196,6 +210,36 @@ def _converts(machine: Machine, src: Pool, small: Pool, scales: Pool, again: Poo
     )
 
 
+def _plant(src: Pool) -> None:
+    """Into the first page that is copied, and the next ones: runs of what no normal number is."""
+    info = torch.finfo(src.shape.dtype)
+    smallest = info.smallest_normal * info.eps
+    nan, inf = float("nan"), float("inf")
+    # What a whole run is, unless None, and what its last number is.
+    special: list[tuple[float | None, float]] = [
+        (0.0, 0.0),
+        (-0.0, -0.0),
+        (nan, nan),
+        (None, nan),
+        (None, inf),
+        (None, -inf),
+        (inf, nan),
+        (smallest, -smallest),
+        (0.0, smallest),
+        (info.smallest_normal, smallest),
+        (info.max, info.min),
+        (0.0, info.max),
+    ]
+    size = src.shape.page_size
+    for (number, (whole, last)), plane, layer in product(
+        enumerate(special), range(src.planes), range(src.shape.layers)
+    ):
+        run = src.rows(plane, layer)[PAGES[0][number // size % len(PAGES[0])], number % size]
+        if whole is not None:
+            run.fill_(whole)
+        run[..., -1] = last
+
+
 def _converted(src: Pool, small: Pool, scales: Pool, again: Pool, plane: int, layer: int) -> bool:
     def pages(pool: Pool, which: Sequence[int]) -> Tensor:
         return pool.rows(plane, layer)[list(which)].cpu()
@@ -203,10 +247,19 @@ def _converted(src: Pool, small: Pool, scales: Pool, again: Pool, plane: int, la
     numbers, its_scales = quantize_by_torch(pages(src, PAGES[0]))
     back = dequantize_by_torch(numbers, its_scales, src.shape.dtype)
     return (
-        torch.equal(pages(small, PAGES[1]), numbers.view(torch.uint8))
-        and torch.equal(pages(scales, PAGES[1]), its_scales)
-        and torch.equal(pages(again, PAGES[0]), back)
+        same_numbers(pages(small, PAGES[1]).view(torch.float8_e4m3fn), numbers)
+        and same_numbers(pages(scales, PAGES[1]), its_scales)
+        and same_numbers(pages(again, PAGES[0]), back)
     )
+
+
+def same_numbers(some: Tensor, other: Tensor) -> bool:
+    """Bit by bit, but that any NaN is as good as another: processors keep different bits of them."""
+    nan = some.float().isnan()
+    if not torch.equal(nan, other.float().isnan()):
+        return False
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[some.element_size()]
+    return torch.equal(*(each.contiguous().view(bits)[~nan] for each in (some, other)))
 
 
 # Speed.

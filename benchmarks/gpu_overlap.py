@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from time import perf_counter
 
 import torch
@@ -27,6 +28,7 @@ class Overlap:
         both: of both, each layer's work behind its copy.
         whole_first: of the work behind the copy of all layers in one launch.
         asking: of the thread that enqueues the copies of all layers.
+        right: the bytes were compared afterwards.
     """
 
     copy: float
@@ -34,6 +36,7 @@ class Overlap:
     both: float
     whole_first: float
     asking: float
+    right: bool
 
     @property
     def hidden(self) -> float:
@@ -50,6 +53,7 @@ def measure(copier: CudaCopier, shape: PoolShape = LARGE) -> Overlap:
         both=_best(work.both),
         whole_first=_best(work.whole_first),
         asking=_asking(work.copy_by_layer),
+        right=work.is_right(),
     )
 
 
@@ -75,6 +79,21 @@ class _Work:
         )
         torch.cuda.current_stream().wait_stream(self._loading)
         return events  # type: ignore[return-value]  # what the copier gets of torch
+
+    def is_right(self) -> bool:
+        """Whether one more such copy, beside the work, brings all bytes."""
+        self._src.fill(1)
+        self._dst.fill(2)
+        torch.cuda.synchronize()
+        self.both()
+        torch.cuda.synchronize()
+        return all(
+            torch.equal(
+                self._src.rows(plane, layer).contiguous().view(torch.uint8),
+                self._dst.rows(plane, layer).cpu().contiguous().view(torch.uint8),
+            )
+            for plane, layer in product(range(self._src.planes), range(self._layers))
+        )
 
     def compute(self) -> None:
         for _ in range(self._layers):

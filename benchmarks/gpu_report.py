@@ -13,13 +13,15 @@ from benchmarks.gpu_overlap import Overlap
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The demo with SGLang on the GPU: `examples/demo`.
+    """SGLang on the GPU, and again after a restart.
 
     Attributes:
-        status: its exit status; 0: each text was restored, and every output was the same.
+        name: what ran.
+        status: 0: each text was restored, and every output was the same.
         output: what it printed last.
     """
 
+    name: str
     status: int
     output: str
 
@@ -31,6 +33,7 @@ class Report:
     Attributes:
         machine: what it ran on, in words.
         skipped: what was left out, and why.
+        failed: parts that ended with an exception, and what it said.
     """
 
     machine: dict[str, str]
@@ -39,17 +42,22 @@ class Report:
     blocks: list[Timed] = field(default_factory=list)
     runs: list[Timed] = field(default_factory=list)
     overlap: Overlap | None = None
-    served: Served | None = None
+    served: list[Served] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
     def complaints(self) -> list[str]:
         """What is wrong; nothing if all is right."""
         timed = [*self.layouts, *self.blocks, *self.runs]
         found = [f"{each.name}: {what}" for each in self.checked for what in each.wrong or []]
         found += [f"{each.what}: wrong bytes" for each in timed if not each.right]
-        if self.served is not None and self.served.status != 0:
-            found.append(f"SGLang: the demo ended with {self.served.status}")
-        return found
+        if self.overlap is not None and not self.overlap.right:
+            found.append("a layer at a time, beside other work: wrong bytes")
+        found += [f"{each.name} ended with {each.status}" for each in self.served if each.status]
+        return [
+            *found,
+            *(f"{each}, and what was to follow in it did not run" for each in self.failed),
+        ]
 
     def write(self, directory: Path) -> Path:
         """gpu_check.json and gpu_check.md; returns the latter."""
@@ -74,9 +82,8 @@ class Report:
                 parts += [f"## {title}", _speeds(rows)]
         if self.overlap is not None:
             parts += ["## A layer at a time", _overlap(self.overlap)]
-        if self.served is not None:
-            parts += ["## SGLang", f"```\n{self.served.output}\n```"]
-            parts.append("SGLang copies with its own kernels here; the store's are above.")
+        for served in self.served:
+            parts += [f"## {served.name}", f"```\n{served.output}\n```"]
         if self.skipped:
             parts += ["## Left out", "\n".join(f"- {what}" for what in self.skipped)]
         return "\n\n".join(parts) + "\n"

@@ -122,7 +122,9 @@ class LayeredPlan:  # a launch or more of each layer, those of the first layer f
         self, host: int, device: int, most_blocks: int
     ) -> list[tuple[str, builtins.bytes, int]]: ...
 
-def kernels() -> list[str]: ...
+def kernels() -> list[str]: ...  # that a cubin must have
+
+# For tests: a launch on a CPU, thread by thread.
 def emulate(
     kernel: str,
     params: bytes,

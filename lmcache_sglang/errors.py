@@ -48,7 +48,7 @@ class CudaError(LMCacheError, RuntimeError):
 class CudaUnavailableError(CudaError):
     """Our kernels cannot be built, or not run, on this machine: says what is missing and what brings it.
 
-    Whoever asks is to go on with the engine's own kernels.
+    The direct path (hicache), which asks, goes on with the engine's own kernels.
     """
 
 

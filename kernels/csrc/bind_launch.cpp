@@ -102,12 +102,6 @@ nb::tuple emulate(const std::string& kernel, const nb::bytes& params, uint32_t b
   return nb::make_tuple(counts, memory.strays());
 }
 
-std::vector<std::string> kernels() {
-  std::vector<std::string> names;
-  for (const auto& [name, _] : lmcache::emulated_kernels()) names.push_back(name);
-  return names;
-}
-
 // What plans of all kinds have in common.
 template <class Plan>
 nb::class_<Plan> bind_plan(nb::module_& m, const char* name) {
@@ -129,7 +123,7 @@ void bind_launch(nb::module_& m) {
   bind_plan<CopyPlan>(m, "Plan").def("parts", &parts).def("runs", &runs);
   bind_plan<LayeredPlan>(m, "LayeredPlan").def_prop_ro("layers", &LayeredPlan::layers);
   m.attr("THREADS") = lmcache::kThreads;
-  m.def("kernels", &kernels);
+  m.def("kernels", &lmcache::kernel_names);
   m.def("emulate", &emulate, "kernel"_a, "params"_a, "blocks"_a, "reads"_a, "writes"_a,
         "workers"_a);
 }

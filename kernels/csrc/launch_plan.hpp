@@ -91,6 +91,19 @@ void for_each_table(Parts& parts, Convert convert, const Visit& visit) {
     }
 }
 
+// Names of all kernels that `kernel_of` may ask for, in order: what a cubin must have.
+inline std::vector<std::string> kernel_names() {
+#define LMCACHE_COPY(width) "lmcache_copy_" #width,
+#define LMCACHE_CONVERT(name, Half, by) \
+  "lmcache_quantize_" #name "_" #by, "lmcache_dequantize_" #name "_" #by,
+  std::vector<std::string> names{LMCACHE_COPY_KERNELS(LMCACHE_COPY)
+                                     LMCACHE_CONVERT_KERNELS(LMCACHE_CONVERT)};
+#undef LMCACHE_COPY
+#undef LMCACHE_CONVERT
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
 inline uint64_t table_bytes(const std::vector<CopyParams>& parts, Convert convert) {
   std::unordered_set<const uint64_t*> seen;
   uint64_t words = 0;

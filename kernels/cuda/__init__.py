@@ -9,6 +9,7 @@
     build       which of these is used; `python -m lmcache_sglang.kernels.cuda` builds ahead of time
     driver      the calls of CUDA's driver
     prepared    a plan as launches, or as runs
+    reach       which memory the GPU may touch
     choice      kernel or copy engine, and on how much of the GPU
     layered     a copy a layer at a time
     staging     memory for the tables of launches under way

@@ -28,12 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--into", type=Path, required=True, help="the folder of cubins that the copier is given"
     )
     parser.add_argument("--compiler", choices=["nvcc", "nvrtc"], default="nvcc")
+    parser.add_argument(
+        "--nvcc", type=Path, help="its path (default: that on PATH, or of NVIDIA's packages)"
+    )
     options = parser.parse_args(arguments)
     try:
-        compiler: Compiler = Nvcc() if options.compiler == "nvcc" else Nvrtc()
+        compiler: Compiler = Nvcc(options.nvcc) if options.compiler == "nvcc" else Nvrtc()
         for arch in options.arch:
-            if not re.fullmatch(r"sm_\d+[af]?", arch):
-                parser.error(f"--arch: {arch!r} is not like sm_90")
+            if not re.fullmatch(r"sm_\d+", arch):
+                parser.error(f"--arch: {arch!r} is not like sm_90, as a GPU is looked for")
             print(Cubins(options.into).keep(arch, compiler.name, compiler.compile(arch)))
     except (CudaUnavailableError, OSError) as error:
         print(error, file=sys.stderr)

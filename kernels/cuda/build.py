@@ -1,12 +1,11 @@
-"""Cubins for a GPU: kept ones, or made now; and a command that makes them ahead of time.
-
-python -m lmcache_sglang.kernels.cuda.build --arch sm_90 --into DIR
-"""
+"""Cubins for a GPU: kept ones, or made now."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ...errors import CudaUnavailableError
@@ -32,28 +31,36 @@ class Built:
     compiled: bool
 
 
-def cubin_for(arch: str, directory: Path) -> Built:
-    """The kernels for one architecture.
+def cubin_for(
+    arch: str, directory: Path, accept: Callable[[Built], None] = lambda _: None
+) -> Built:
+    """The kernels for one architecture: the first of these that is accepted.
 
-    nvcc's cubin if one was made ahead of time; else NVRTC's, kept or made now; else nvcc's, made now.
+    nvcc's cubins that were made ahead of time, the newest first; NVRTC's, kept or made now; nvcc's, made now.
 
     Args:
         arch: for example sm_90.
         directory: where cubins are kept. One that cannot be written costs a second at each start, no more.
+        accept: takes one; CudaUnavailableError where it cannot, for example since the driver is older than nvcc.
 
     Raises:
         CudaUnavailableError: there is none, and neither compiler can make one; says why for each.
     """
     kept = Cubins(directory)
-    ahead = kept.find(arch, AHEAD)
-    if ahead is not None:
-        return Built(ahead, "nvcc, ahead of time", compiled=False)
+    makes: list[Callable[[], Built]] = [
+        partial(Built, cubin, "nvcc, ahead of time", compiled=False)
+        for cubin in kept.find_all(arch, AHEAD)
+    ]
+    makes += [lambda: _by(Nvrtc(), arch, kept), lambda: _by(Nvcc(), arch, kept)]
     reasons = []
-    for make in (Nvrtc, Nvcc):
+    for make in makes:
         try:
-            return _by(make(), arch, kept)
+            built = make()
+            accept(built)
         except CudaUnavailableError as error:
             reasons.append(str(error))
+        else:
+            return built
     raise CudaUnavailableError(f"no kernels for {arch}: {'; '.join(reasons)}")
 
 

@@ -1,4 +1,4 @@
-"""The two ways from source to cubin: NVRTC, which users of SGLang have, and nvcc.
+"""The two ways from source to cubin: NVRTC, which users of SGLang have, and nvcc, of the toolkit or of NVIDIA's packages.
 
 NVRTC is reached through `cuda.bindings`: every version of `cuda-python`, which SGLang requires, brings it, while
 `cuda.core` comes with some only.
@@ -6,6 +6,8 @@ NVRTC is reached through `cuda.bindings`: every version of `cuda-python`, which 
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +18,12 @@ from typing import Any, Protocol
 from ...errors import CudaUnavailableError
 from . import sources
 
+NVCC_PACKAGE = "nvidia-cuda-nvcc"
 NO_BINDINGS = "cuda.bindings is not installed: pip install cuda-python"
+NO_NVCC = (
+    "nvcc is neither on PATH nor in this environment: install the CUDA toolkit, or "
+    "pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime, all of one minor version"
+)
 COMPILE_SECONDS = 300.0
 
 
@@ -81,14 +88,17 @@ class Nvrtc:
         (result,) = self._nvrtc.nvrtcCompileProgram(program, len(options), options)
         if result != self._nvrtc.nvrtcResult.NVRTC_SUCCESS:
             (size,) = self._call("nvrtcGetProgramLogSize", program)
-            log = b" " * size
-            self._call("nvrtcGetProgramLog", program, log)
-            said = log.rstrip(b"\0").decode(errors="replace")
-            raise CudaUnavailableError(f"{self.name} does not compile our kernels: {said}")
+            said = self._written("nvrtcGetProgramLog", program, size)
+            text = said.rstrip(b"\0").decode(errors="replace")
+            raise CudaUnavailableError(f"{self.name} does not compile our kernels: {text}")
         (size,) = self._call("nvrtcGetCUBINSize", program)
-        cubin: bytes = b" " * size  # written in place: cuda.bindings' way
-        self._call("nvrtcGetCUBIN", program, cubin)
-        return cubin
+        return self._written("nvrtcGetCUBIN", program, size)
+
+    def _written(self, name: str, program: object, size: int) -> bytes:
+        """What NVRTC writes in place into bytes: cuda.bindings' way. Those of length 1 are shared by all of Python."""
+        room = bytes(size + 1)
+        self._call(name, program, room)
+        return room[:size]
 
     def _call(self, name: str, *args: object) -> Any:
         result, *values = getattr(self._nvrtc, name)(*args)
@@ -101,17 +111,17 @@ class Nvcc:
     """NVIDIA's compiler as a command; wants a C++ compiler beside it.
 
     Args:
-        command: its path; None: the one on PATH.
+        command: its path; None: the one on PATH, or that of NVIDIA's package.
 
     Raises:
         CudaUnavailableError: there is none.
     """
 
     def __init__(self, command: Path | None = None) -> None:
-        found = command or shutil.which("nvcc")
+        found = command or _nvcc_on_path() or _nvcc_of_package()
         if found is None:
-            raise CudaUnavailableError("nvcc is not on PATH: install the CUDA toolkit")
-        self._command = Path(found)
+            raise CudaUnavailableError(NO_NVCC)
+        self._command = found
         said = self._run("--version")
         version = re.search(r"\bV(\d+\.\d+\.\d+)", said)
         if version is None:
@@ -139,3 +149,18 @@ class Nvcc:
         if done.returncode != 0:
             raise CudaUnavailableError(f"{self._command} {' '.join(args)}: {done.stderr.strip()}")
         return done.stdout
+
+
+def _nvcc_on_path() -> Path | None:
+    found = shutil.which("nvcc")
+    return Path(found) if found else None
+
+
+def _nvcc_of_package() -> Path | None:
+    """NVIDIA's packages share a folder that is laid out as a toolkit is, so it finds its headers by itself."""
+    try:
+        files = importlib.metadata.files(NVCC_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (Path(str(file.locate())) for file in files if file.name == "nvcc")
+    return next((path for path in found if os.access(path, os.X_OK)), None)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
-from weakref import ref
 
-from ...errors import CudaError
+from ...errors import CudaError, CudaUnavailableError
 from ..copy_plan import CopyPlan
 from ..layout import PageLayout
 from .build import Built, cubin_for
@@ -15,10 +14,13 @@ from .choice import Way, blocks_for, choose
 from .driver import Gpu
 from .layered import LayeredCopy
 from .prepared import PreparedCopy, PreparedLayers
-from .staging import Area, Passed, Staging
+from .reach import Reach
+from .staging import SMALLEST, Area, Passed, Staging
 
 if TYPE_CHECKING:
     import torch
+
+PINNED_AHEAD = 8  # areas for tables
 
 
 class Stream(Protocol):
@@ -50,21 +52,25 @@ class CudaCopier:
         built: the kernels in use.
 
     Raises:
+        ValueError: `device` is no GPU.
         CudaUnavailableError: kernels can be built or run by nothing that is here. Use the engine's own.
     """
 
     def __init__(
         self, device: torch.device | int, *, cubins: Path, memory: Memory | None = None
     ) -> None:
-        index = device if isinstance(device, int) else device.index or 0
+        index = device if isinstance(device, int) else _index_of(device)
         self._gpu = Gpu(index)
-        self.built: Built = cubin_for(self._gpu.arch, cubins)
-        with self._gpu.current():
-            self._gpu.load(self.built.cubin, self.built.source)
-        self._memory = memory or _TorchMemory(index)
+        try:
+            with self._gpu.current():
+                self.built: Built = cubin_for(self._gpu.arch, cubins, self._take)
+            self._memory = memory or _TorchMemory(index)
+        except CudaError:
+            self._gpu.close()
+            raise
         self._staging: dict[int, Staging] = {}
         self._used: dict[int, Stream] = {}
-        self._seen = _Seen(self._gpu)
+        self._reach = Reach(self._gpu.allocation_at)
         self._closed = False
 
     def copy(
@@ -84,7 +90,7 @@ class CudaCopier:
             scales: as of `copy_pages`.
             stream: torch's; None: the current one.
             way: kernel or copy engine; None: as `choice.choose` says.
-            most_blocks: of a launch; None: as `choice.blocks_for` says.
+            most_blocks: of a launch, at least 1; None: as `choice.blocks_for` says.
 
         Returns:
             Bytes that are read.
@@ -95,6 +101,8 @@ class CudaCopier:
             CudaError: the driver refused.
         """
         self._require_open()
+        if most_blocks is not None and most_blocks < 1:
+            raise ValueError(f"most_blocks: {most_blocks} is less than 1")
         prepared = PreparedCopy(plan, src, dst, scales)
         if prepared.run_count == 0:
             return 0
@@ -180,7 +188,10 @@ class CudaCopier:
                 self._memory.passed(stream).synchronize()
         finally:
             self._staging.clear()
-            self._gpu.unload()
+            self._gpu.close()
+
+    def _take(self, built: Built) -> None:
+        self._gpu.load(built.cubin, built.source)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -189,7 +200,7 @@ class CudaCopier:
     def _over_link(self, src: PageLayout, dst: PageLayout, scales: PageLayout | None) -> bool:
         """Whether memory of the host takes part. Raises ValueError where the GPU does not reach all of it."""
         sides = [src, dst] if scales is None else [src, dst, scales]
-        on_host = [self._seen.is_on_host(side) for side in sides]  # all are looked at
+        on_host = [self._reach.is_on_host(side) for side in sides]  # all are looked at
         return any(on_host)
 
     def _choose(
@@ -223,8 +234,7 @@ class CudaCopier:
                 self._gpu.launch(launch, stream.cuda_stream)
 
         def give() -> None:
-            with self._gpu.current():
-                staging.give(area, self._memory.passed(stream))
+            staging.give(area, self._memory.passed(stream))
 
         try:
             launches = prepared.launches(area.host, area.device, most_blocks)
@@ -269,27 +279,21 @@ class CudaCopier:
         return self._staging[key]
 
 
-class _Seen:
-    """Layouts whose memory was looked at, which costs about a microsecond a tensor."""
+def _index_of(device: torch.device) -> int:
+    """Of a GPU among those that are visible; without a number it is the current one, as torch has it."""
+    if device.type != "cuda":
+        raise ValueError(f"device: {device} is no GPU of NVIDIA's")
+    if device.index is not None:
+        return device.index
+    import torch
 
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
-        self._known: dict[int, tuple[ref[PageLayout], bool]] = {}
+    return torch.cuda.current_device()
 
-    def is_on_host(self, layout: PageLayout) -> bool:
-        """Whether any of it is.
 
-        Raises:
-            ValueError: the GPU does not reach all of it.
-        """
-        key = id(layout)
-        known = self._known.get(key)
-        if known is not None and known[0]() is layout:
-            return known[1]
-        on_host = [self._gpu.is_on_host(*each) for each in layout.memory if each[1] > 0]
-        forget = ref(layout, lambda _: self._known.pop(key, None))
-        self._known[key] = forget, any(on_host)
-        return any(on_host)
+def _pinned(size: int) -> torch.Tensor:
+    import torch
+
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 class _TorchMemory:
@@ -297,11 +301,17 @@ class _TorchMemory:
 
     def __init__(self, index: int) -> None:
         self._index = index
+        # torch keeps pinned memory that was given back, and pinning some for the first time may wait for the GPU.
+        try:
+            for_later = [_pinned(SMALLEST) for _ in range(PINNED_AHEAD)]
+        except RuntimeError as error:
+            raise CudaUnavailableError(f"torch pins no memory: {error}") from error
+        del for_later
 
     def area(self, size: int, stream: Stream) -> Area:
         import torch
 
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        host = _pinned(size)
         with torch.cuda.stream(stream):  # type: ignore[arg-type]
             device = torch.empty(size, dtype=torch.uint8, device=f"cuda:{self._index}")
         return Area(host.data_ptr(), device.data_ptr(), size, (host, device))

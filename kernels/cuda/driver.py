@@ -14,10 +14,12 @@ from ...errors import CudaError, CudaUnavailableError
 from .. import _native
 from .compilers import NO_BINDINGS
 from .prepared import Launch
+from .reach import Allocation
 
 BATCHES_SINCE = (
     13000  # cuMemcpyBatchAsync as it is called here; that of CUDA 12.8 had another signature
 )
+END_OF_MEMORY = 1 << 64
 LEGACY_STREAM = 0, 1  # a batch of copies goes to no such stream
 
 
@@ -48,15 +50,14 @@ class Gpu:
             raise CudaUnavailableError(f"no NVIDIA driver answers here: {error}") from error
         try:
             (self._device,) = self._call("cuDeviceGet", index)
+            self.arch = f"sm_{self._attribute('COMPUTE_CAPABILITY_MAJOR')}"
+            self.arch += str(self._attribute("COMPUTE_CAPABILITY_MINOR"))
+            self.sms = self._attribute("MULTIPROCESSOR_COUNT")
+            self._reads_any_memory = bool(self._attribute("PAGEABLE_MEMORY_ACCESS"))
+            (version,) = self._call("cuDriverGetVersion")
             (self._context,) = self._call("cuDevicePrimaryCtxRetain", self._device)
         except CudaError as error:
             raise CudaUnavailableError(f"GPU {index} cannot be used: {error}") from error
-        major = self._attribute("COMPUTE_CAPABILITY_MAJOR")
-        minor = self._attribute("COMPUTE_CAPABILITY_MINOR")
-        self.arch = f"sm_{major}{minor}"
-        self.sms = self._attribute("MULTIPROCESSOR_COUNT")
-        self._reads_any_memory = bool(self._attribute("PAGEABLE_MEMORY_ACCESS"))
-        (version,) = self._call("cuDriverGetVersion")
         self.batches = version >= BATCHES_SINCE and callable(vars(driver).get("cuMemcpyBatchAsync"))
         self._module: Any = None
         self._kernels: dict[str, Any] = {}
@@ -74,25 +75,36 @@ class Gpu:
         """Takes the kernels.
 
         Raises:
-            CudaUnavailableError: the driver does not take what `source` made.
+            CudaUnavailableError: the driver does not take what `source` made, or it is not all of them.
         """
         try:
-            (self._module,) = self._call("cuModuleLoadData", cubin)
+            (module,) = self._call("cuModuleLoadData", cubin)
         except CudaError as error:
             raise CudaUnavailableError(
                 f"the driver takes no cubin of {source}: {error}; "
                 "a compiler no newer than the driver's CUDA would do"
             ) from error
-        for name in _native.kernels():
-            (self._kernels[name],) = self._call("cuModuleGetFunction", self._module, name.encode())
+        try:
+            kernels = {
+                name: self._call("cuModuleGetFunction", module, name.encode())[0]
+                for name in _native.kernels()
+            }
+        except CudaError as error:
+            self._call("cuModuleUnload", module)
+            raise CudaUnavailableError(
+                f"not all kernels are in what {source} made: {error}"
+            ) from error
+        self._module, self._kernels = module, kernels
 
-    def unload(self) -> None:
-        """Gives all of it back. The GPU must be past every launch."""
+    def close(self) -> None:
+        """Gives all of it back. The GPU must be past every launch. No other call may follow, but this one again."""
+        if self._context is None:
+            return
         if self._module is not None:
             with self.current():
                 self._call("cuModuleUnload", self._module)
-            self._module = None
-            self._call("cuDevicePrimaryCtxRelease", self._device)
+        self._module = self._context = None
+        self._call("cuDevicePrimaryCtxRelease", self._device)
 
     def launch(self, launch: Launch, stream: int) -> None:
         """Enqueues a kernel. Its parameter is read before this returns."""
@@ -138,28 +150,29 @@ class Gpu:
             driver.CUstream(stream),
         )
 
-    def is_on_host(self, address: int, size: int) -> bool:
-        """Where memory is that kernels are to reach.
+    def allocation_at(self, address: int) -> Allocation:
+        """What memory an address is in, that kernels are to reach.
 
         Raises:
-            ValueError: they would not reach it: memory of the host that is not pinned, on a GPU that needs it pinned.
+            ValueError: they would not: memory of the host that is not pinned, on a GPU that needs it pinned.
         """
-        on_host = False
-        for each in (address, address + size - 1):
-            try:
-                seen = self._pointer("DEVICE_POINTER", each)
-                kind = self._pointer("MEMORY_TYPE", each)
-            except CudaError:
-                if not self._reads_any_memory:
-                    raise ValueError(
-                        f"memory: the GPU does not reach {size} bytes at {address:#x}; "
-                        "pin host memory (pin_memory=True, or SlabTier.pin_memory)"
-                    ) from None
-                return True
-            if seen != each:
-                raise ValueError(f"memory: {each:#x} has another address on the GPU")
-            on_host = on_host or kind == int(self._driver.CUmemorytype.CU_MEMORYTYPE_HOST)
-        return on_host
+        try:
+            seen = self._pointer("DEVICE_POINTER", address)
+            kind = self._pointer("MEMORY_TYPE", address)
+        except CudaError:
+            if self._reads_any_memory:
+                return Allocation(address, END_OF_MEMORY, on_host=True)
+            raise ValueError(
+                f"memory: the GPU does not reach {address:#x}; "
+                "pin host memory (pin_memory=True, or SlabTier.pin_memory)"
+            ) from None
+        if seen != address:
+            raise ValueError(f"memory: {address:#x} has another address on the GPU")
+        start = self._pointer("RANGE_START_ADDR", address)
+        end = start + self._pointer("RANGE_SIZE", address)
+        return Allocation(
+            start, end, on_host=kind == int(self._driver.CUmemorytype.CU_MEMORYTYPE_HOST)
+        )
 
     def _pointer(self, name: str, address: int) -> int:
         attribute = getattr(self._driver.CUpointer_attribute, f"CU_POINTER_ATTRIBUTE_{name}")

@@ -7,7 +7,6 @@ shows nothing of a GPU.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -35,8 +34,6 @@ CHECKS = re.findall(r"^        (\w+),$", SESSION.read_text().split("CHECKS = ")[
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a libcuda.so.1, and of cubins."""
-    if shutil.which("g++") is None:
-        pytest.skip("there is no compiler here")
     folder = tmp_path_factory.mktemp("driver")
     options = ["-std=c++20", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wl,-soname,libcuda.so.1"]
     library = folder / "libcuda.so.1"
@@ -55,7 +52,7 @@ def test_on_a_stand_in(check: str, driver: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_all_checks_are_run() -> None:
-    assert len(CHECKS) == 17
+    assert len(CHECKS) == 26
 
 
 # Which way.

@@ -63,7 +63,7 @@ new_enough "$python" || {
 }
 [ -x "$venv/bin/python" ] || quietly "$python" -m venv "$venv"
 
-step 2 "SGLang 0.5.23 for CPU (about 2.9 GB, 90 s)"
+step 2 "SGLang 0.5.23 for CPU (about 3.2 GB, 100 s)"
 install -r "$here/requirements.txt"
 install --no-deps sglang==0.5.23
 

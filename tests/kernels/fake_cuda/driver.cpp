@@ -10,6 +10,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <string>
 #include <vector>
@@ -36,6 +37,7 @@ std::deque<std::string> functions;
 OnLaunch on_launch = nullptr;
 int depth = 0;  // of the context's stack
 int version = 13000;
+int reads_any = 0;  // memory of the host, pinned or not
 
 const Area* area_of(uint64_t address) {
   auto after = areas.upper_bound(address);
@@ -64,6 +66,7 @@ extern "C" {
 void fake_register(uint64_t address, uint64_t size, int type) { areas[address] = {size, type}; }
 void fake_on_launch(OnLaunch callback) { on_launch = callback; }
 void fake_set_version(int wanted) { version = wanted; }
+void fake_set_reads_any(int wanted) { reads_any = wanted; }
 int fake_depth() { return depth; }
 void fake_run() {
   for (; !queue.empty(); queue.pop_front()) queue.front()();
@@ -82,7 +85,8 @@ int cuDeviceGet(int* device, int ordinal) {
   return ordinal == 0 ? kSuccess : 101;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 16 ? 132 : 0;
+  const std::map<int, int> known{{75, 9}, {76, 0}, {16, 132}, {88, reads_any}};
+  *value = known.contains(attribute) ? known.at(attribute) : 0;
   return kSuccess;
 }
 int cuDevicePrimaryCtxRetain(void** context, int) {
@@ -160,12 +164,15 @@ int cuMemcpyBatchAsync(uint64_t* dst, uint64_t* src, size_t* sizes, size_t count
 }
 int cuPointerGetAttribute(void* value, int attribute, uint64_t address) {
   if (depth == 0) return kInvalidContext;
+  calls.push_back("pointer");
+  const auto after = areas.upper_bound(address);
   const Area* area = area_of(address);
   if (area == nullptr) return kInvalidValue;
+  const std::map<int, uint64_t> wide{{3, address}, {11, std::prev(after)->first}, {12, area->size}};
   if (attribute == 2)
     *static_cast<unsigned*>(value) = static_cast<unsigned>(area->type);
-  else if (attribute == 3)
-    *static_cast<uint64_t*>(value) = address;
+  else if (wide.contains(attribute))
+    *static_cast<uint64_t*>(value) = wide.at(attribute);
   else
     return kInvalidValue;
   return kSuccess;

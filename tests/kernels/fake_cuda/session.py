@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +21,9 @@ from lmcache_sglang.errors import CudaError, CudaUnavailableError
 from lmcache_sglang.kernels import _native
 from lmcache_sglang.kernels.copy_plan import Convert, CopyPlan
 from lmcache_sglang.kernels.cuda.choice import Way
+from lmcache_sglang.kernels.cuda.compilers import Nvcc, Nvrtc
 from lmcache_sglang.kernels.cuda.copier import CudaCopier, Stream
+from lmcache_sglang.kernels.cuda.cubins import Cubins
 from lmcache_sglang.kernels.cuda.driver import Gpu
 from lmcache_sglang.kernels.cuda.staging import Area
 from lmcache_sglang.kernels.layout import PageLayout
@@ -67,7 +70,7 @@ class Event:
 class Session:
     """The memory that the fake knows, and what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, cubins: Path = CUBINS) -> None:
         self.stream = OneStream()
         self.pools: list[Pool] = []
         self.ranges: list[tuple[int, int]] = []  # that launches may reach beside them
@@ -80,7 +83,7 @@ class Session:
         )
         self._callback = kind(self._launch)
         fake.fake_on_launch(self._callback)
-        self.copier = CudaCopier(0, cubins=CUBINS, memory=self)
+        self.copier = CudaCopier(0, cubins=cubins, memory=self)
 
     def pool(self, kind: str, where: int, shape: PoolShape = SHAPE, fill: int = 1) -> Pool:
         made = Pool(kind, shape)
@@ -242,6 +245,27 @@ def rows_that_are_apart_in_some_layers_only() -> None:
     assert not out[[1, 2, 3, 6]].any()
 
 
+def each_layer_has_the_word_that_fits_it() -> None:
+    """The first layer is aligned to 16 bytes, the second to 2 only: a GPU faults on longer words there."""
+    session = Session()
+    memory = torch.arange(512, dtype=torch.int16).view(torch.uint8)
+    out = torch.zeros_like(memory)
+    for tensor, where in [(memory, HOST), (out, DEVICE)]:
+        fake.fake_register(tensor.data_ptr(), tensor.numel(), where)
+        session.ranges.append((tensor.data_ptr(), tensor.numel()))
+    layouts = [
+        PageLayout.device_pool(
+            [[tensor[at : at + 64].view(1, 1, 64) for at in (0, 130)]], page_size=1
+        )
+        for tensor in (memory, out)
+    ]
+    session.copier.copy_by_layer(CopyPlan([0], [0]), *layouts)
+    session.run()
+    assert session.kernels == ["lmcache_copy_16", "lmcache_copy_2"]
+    assert torch.equal(out[:64], memory[:64])
+    assert torch.equal(out[130:194], memory[130:194])
+
+
 def long_runs_of_a_layer_go_to_the_copy_engine() -> None:
     session = Session()
     shape = PoolShape(layers=4, page_size=16, heads=8, dims=(256, 256))
@@ -343,6 +367,48 @@ def memory_that_is_not_pinned_is_refused() -> None:
     assert fake.fake_depth() == 0
 
 
+def records_in(slab: torch.Tensor, pages: int) -> PageLayout:
+    """Pages of one token with one run of 16 bytes, each at an address of its own."""
+    size = slab.numel() // pages
+    at = [slab.data_ptr() + i * size for i in range(pages)]
+    return PageLayout.records(at, runs=[16], layers=1, heads=1, page_size=1, itemsize=1, owner=slab)
+
+
+def device_of(pages: int) -> PageLayout:
+    tensor = torch.zeros(pages, 1, 16, dtype=torch.uint8)
+    fake.fake_register(tensor.data_ptr(), tensor.numel(), DEVICE)
+    return PageLayout.device_pool([[tensor]], page_size=1)
+
+
+def many_records_of_one_slab_cost_a_few_calls() -> None:
+    session = Session()
+    slab = torch.zeros(1000 * 32, dtype=torch.uint8)
+    fake.fake_register(slab.data_ptr(), slab.numel(), HOST)
+    plan = CopyPlan.of_pages(range(1000), range(1000), page_size=1)
+    session.copier.copy(plan, records_in(slab, 1000), device_of(1000))
+    assert fake.fake_calls(b"pointer") == 2 * 4
+
+
+def a_hole_between_two_pinned_pieces_is_refused() -> None:
+    session = Session()
+    slab = torch.zeros(3, 4096, dtype=torch.uint8)
+    for piece in (0, 2):
+        fake.fake_register(slab[piece].data_ptr(), 4096, HOST)
+    whole = PageLayout.device_pool([[slab.view(-1, 1, 16)]], page_size=1)
+    copy = partial(session.copier.copy, CopyPlan([0], [0]), dst=device_of(whole.pages))
+    must_fail(lambda: copy(src=whole), ValueError, f"does not reach {slab[1].data_ptr():#x}")
+    fake.fake_register(slab[1].data_ptr(), 4096, HOST)
+    copy(src=PageLayout.device_pool([[slab.view(-1, 1, 16)]], page_size=1))
+
+
+def a_gpu_that_reads_all_memory_needs_none_of_it_pinned() -> None:
+    fake.fake_set_reads_any(1)
+    session = Session()
+    slab = torch.zeros(3 * 32, dtype=torch.uint8)
+    session.copier.copy(CopyPlan([0], [0]), records_in(slab, 3), device_of(3))
+    assert fake.fake_calls(b"launch") == 1
+
+
 def nothing_to_copy_is_nothing_asked() -> None:
     session = Session()
     src, dst = session.pool("page_first", HOST), session.pool("device", DEVICE)
@@ -361,6 +427,51 @@ def what_the_driver_refuses_is_said() -> None:
         refused = "cuMemcpyAsync: CUDA_ERROR_INVALID_VALUE (refused by the fake)"
         must_fail(lambda: gpu.copy(1, 2, 3, 7), CudaError, refused)
     assert fake.fake_depth() == 0
+
+
+def a_cubin_that_the_driver_refuses_is_not_the_last_word() -> None:
+    """One of a newer nvcc, and one that lacks a kernel: the next one is taken, NVRTC's at last."""
+    folder = CUBINS / "refused"
+    shutil.copytree(CUBINS, folder, ignore=lambda *_: ["refused", "lacking", "libcuda.so.1"])
+    Cubins(folder).keep("sm_90", "nvcc-99.1", b"no cubin at all")
+    Cubins(folder).keep("sm_90", "nvcc-9.1", b"\177ELF" + bytes(60))
+    session = Session(folder)
+    assert session.copier.built.source.startswith("nvrtc")
+    check_copy(session, session.pool("page_first", HOST), session.pool("device", DEVICE, fill=2))
+
+
+def what_fails_at_the_start_is_given_back() -> None:
+    def refuse(*_: object) -> None:
+        raise CudaUnavailableError("no compiler")
+
+    Nvrtc.compile = refuse  # type: ignore[assignment, method-assign]
+    Nvcc.compile = refuse  # type: ignore[assignment, method-assign]
+    folder = CUBINS / "lacking"
+    Cubins(folder).keep("sm_90", "nvcc-9.1", b"\177ELF" + bytes(60))
+    must_fail(lambda: Session(folder), CudaUnavailableError, "not all kernels are in what nvcc")
+    assert (fake.fake_calls(b"unload"), fake.fake_calls(b"release")) == (1, 1)
+    assert fake.fake_depth() == 0
+
+
+def a_torch_without_gpus_is_said() -> None:
+    wanted = "torch pins no memory"
+    must_fail(lambda: CudaCopier(0, cubins=CUBINS), CudaUnavailableError, wanted)
+    assert fake.fake_calls(b"release") == 1
+
+
+def a_device_without_a_number_is_the_current_one() -> None:
+    torch.cuda.current_device = lambda: 1
+    copier = partial(CudaCopier, cubins=CUBINS)
+    must_fail(lambda: copier(torch.device("cuda")), CudaUnavailableError, "GPU 1 cannot be used")
+    must_fail(lambda: copier(torch.device("cuda", 2)), CudaUnavailableError, "GPU 2 cannot be used")
+    must_fail(lambda: copier(torch.device("cpu")), ValueError, "device: cpu is no GPU")
+
+
+def no_blocks_are_refused() -> None:
+    session = Session()
+    src, dst = session.pool("page_first", HOST), session.pool("device", DEVICE)
+    copy = partial(session.copier.copy, plan_of(), src.layout, dst.layout)
+    must_fail(lambda: copy(most_blocks=0), ValueError, "most_blocks: 0 is less than 1")
 
 
 def must_fail(call: Callable[[], object], kind: type[Exception], said: str) -> None:
@@ -419,14 +530,23 @@ CHECKS = {
         eighty_layers_wait_for_nothing,
         every_layout_a_layer_at_a_time,
         rows_that_are_apart_in_some_layers_only,
+        each_layer_has_the_word_that_fits_it,
         long_runs_of_a_layer_go_to_the_copy_engine,
         a_layer_at_a_time_converts_too,
         a_copy_that_is_refused_enqueues_no_layer,
         tables_outlive_their_launches,
         conversions_there_and_back,
         memory_that_is_not_pinned_is_refused,
+        many_records_of_one_slab_cost_a_few_calls,
+        a_hole_between_two_pinned_pieces_is_refused,
+        a_gpu_that_reads_all_memory_needs_none_of_it_pinned,
         nothing_to_copy_is_nothing_asked,
         what_the_driver_refuses_is_said,
+        a_cubin_that_the_driver_refuses_is_not_the_last_word,
+        what_fails_at_the_start_is_given_back,
+        a_torch_without_gpus_is_said,
+        a_device_without_a_number_is_the_current_one,
+        no_blocks_are_refused,
         closing_gives_it_all_back,
         closing_waits_for_what_is_under_way,
     ]
