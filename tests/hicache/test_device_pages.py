@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from lmcache_sglang.hicache.device_copiers import ByEngine, ByKernels, ByTorch
+from lmcache_sglang.errors import CudaUnavailableError
+from lmcache_sglang.hicache import device_copiers
+from lmcache_sglang.hicache.device_copiers import ByCuda, ByEngine, ByKernels, ByTorch, on_gpu
 from lmcache_sglang.hicache.device_pages import DevicePages, MakesCopier, Run
 
 LAYERS, SPAN, SLOTS = 3, 4, 40
@@ -165,3 +171,50 @@ def test_a_buffer_may_be_a_part_of_another(copier: MakesCopier) -> None:
     records = torch.zeros((1, pages.page_bytes), dtype=torch.uint8)
     pages.gather(torch.tensor([5]), records)
     assert records.view(torch.float32).tolist() == [[*whole[0, 5].tolist(), *whole[1, 5].tolist()]]
+
+
+@every
+def test_where_our_kernels_cannot_be_had_sglangs_are_taken_and_else_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise CudaUnavailableError("no compiler; install one")
+
+    monkeypatch.setattr(device_copiers, "CudaCopier", refuse)
+    theirs, odd = page_first((16, 16), ByTorch)[0], page_first((7, 5), ByTorch)[0]
+    with ExitStack() as opened:
+        on_gpu([theirs, odd], torch.device("cuda", 0), tmp_path, opened)
+    assert isinstance(theirs._copier, ByEngine)
+    assert isinstance(odd._copier, ByTorch)
+    said = caplog.messages
+    assert "no compiler; install one" in said[0]
+    assert "copied by torch" in said[1]
+
+
+def test_on_a_gpu_our_kernels_are_taken_and_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[object, Path]] = []
+    closed: list[bool] = []
+
+    def make(device: torch.device, *, cubins: Path) -> SimpleNamespace:
+        made.append((device, cubins))
+        return SimpleNamespace(
+            built=SimpleNamespace(source="a test"), close=lambda: closed.append(True)
+        )
+
+    monkeypatch.setattr(device_copiers, "CudaCopier", make)
+    pages, _ = page_first((16, 16), ByTorch)
+    device = torch.device("cuda", 1)
+    with ExitStack() as opened:
+        on_gpu([pages], device, tmp_path, opened)
+        assert isinstance(pages._copier, ByCuda)
+        assert (made, closed) == ([(device, tmp_path)], [])
+    assert closed == [True]
+
+
+def test_a_device_that_is_no_nvidia_gpu_is_left_to_torch(tmp_path: Path) -> None:
+    pages, _ = page_first((16, 16), ByTorch)
+    with ExitStack() as opened:
+        on_gpu([pages], torch.device("xpu", 0), tmp_path, opened)
+    assert isinstance(pages._copier, ByTorch)

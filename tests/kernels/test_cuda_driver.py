@@ -52,7 +52,7 @@ def test_on_a_stand_in(check: str, driver: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_all_checks_are_run() -> None:
-    assert len(CHECKS) == 26
+    assert len(CHECKS) == 27
 
 
 # Which way.

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from lmcache_sglang.errors import CudaError, CudaUnavailableError
+from lmcache_sglang.hicache.device_copiers import ByCuda, ByTorch
+from lmcache_sglang.hicache.device_pages import DevicePages, MakesCopier, Run
 from lmcache_sglang.kernels import _native
 from lmcache_sglang.kernels.copy_plan import Convert, CopyPlan
 from lmcache_sglang.kernels.cuda.choice import Way
@@ -520,6 +522,53 @@ def closing_waits_for_what_is_under_way() -> None:
     copies.close()
 
 
+def the_direct_path_moves_pages_as_torch_does() -> None:
+    """hicache/device_copiers.py: records to a device pool layer by layer, and back; torch on a twin says what is right."""
+    span, widths, layers = 4, (16, 8), 3
+    buffers = [
+        torch.randint(0, 256, (40, width), dtype=torch.uint8)
+        for width in widths
+        for _ in range(layers)
+    ]
+    mirror = [buffer.clone() for buffer in buffers]
+    session = Session()
+
+    def pages(of: list[torch.Tensor], make: MakesCopier) -> DevicePages:
+        halves = [0, span * layers * widths[0]]
+        runs = [
+            Run(of[half * layers + at], halves[half] + at * width, layers * width)
+            for half, width in enumerate(widths)
+            for at in range(layers)
+        ]
+        return DevicePages(runs, span, {at: [at, layers + at] for at in range(layers)}, make)
+
+    ours = pages(buffers, lambda groups, span: ByCuda(groups, span, session.copier))
+    torchs = pages(mirror, ByTorch)
+    records = torch.zeros((5, ours.page_bytes), dtype=torch.uint8)
+    known = [(records, HOST), *((buffer, DEVICE) for buffer in buffers)]
+    for memory, where in known:
+        fake.fake_register(memory.data_ptr(), memory.nbytes, where)
+        session.ranges.append((memory.data_ptr(), memory.nbytes))
+    firsts, chosen = torch.tensor([8, 0, 20]), torch.tensor([4, 1, 2])
+    ours.gather(firsts, records[1:4])
+    assert not records.any()  # nothing is done before the GPU does it
+    session.run()
+    wanted = torch.zeros_like(records)
+    torchs.gather(firsts, wanted[1:4])
+    assert torch.equal(records, wanted)
+    records.random_(0, 256)
+    with (
+        ours.scattering(firsts, records, chosen) as scatter,
+        torchs.scattering(firsts, records, chosen) as right,
+    ):
+        for layer in (2, 0):
+            scatter(layer)
+            session.run()
+            right(layer)
+            assert all(map(torch.equal, buffers, mirror)), layer
+    assert session.waits == 0
+
+
 CHECKS = {
     check.__name__: check
     for check in [
@@ -549,6 +598,7 @@ CHECKS = {
         no_blocks_are_refused,
         closing_gives_it_all_back,
         closing_waits_for_what_is_under_way,
+        the_direct_path_moves_pages_as_torch_does,
     ]
 }
 
