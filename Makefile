@@ -13,7 +13,7 @@ demo: ## a real model behind SGLang, restarted warm (MODEL=path takes another mo
 	@examples/demo/demo.sh $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 test: venv ## all tests, real engines included
-	$(BIN)/python -m pytest $(ARGS)
+	@.ci/test.sh $(BIN)/python $(ARGS)
 
 test-quick: venv ## all tests that start no engine
 	$(BIN)/python -m pytest -m "not engine" $(ARGS)

@@ -37,5 +37,11 @@ def seconds(size: int, rate: float, launches: int) -> float:
     return size / (rate * 1e9) + launches * LAUNCH_MICROSECONDS * 1e-6
 
 
+def assumptions() -> str:
+    """In words, beneath the table."""
+    rates = ", ".join(f"{name} {rate:.0f} GB/s" for name, rate in LINKS.items())
+    return f"Assumed: {rates}; {LAUNCH_MICROSECONDS:.0f} µs a launch, one a layer, none of it overlapped."
+
+
 if __name__ == "__main__":
-    print("\n".join(table()))
+    print("\n".join(table()), assumptions(), sep="\n\n")

@@ -1,7 +1,7 @@
 """What moves pages between a device pool and records.
 
     ByKernels   in host memory: the kernels' one native call
-    ByCuda      on an NVIDIA GPU: the same kernels, one launch a layer
+    ByCuda      on an NVIDIA GPU: the kernels compiled for it, one launch a layer
     ByEngine    on a GPU where these cannot be built or run: SGLang's own copies of page_first pools
     ByTorch     on any device, and of any order of bytes: by index, a buffer at a time
 

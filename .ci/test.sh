@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# All tests. Those that start engines mostly wait for one core, in SGLang's imports; the others run beside them.
+# test.sh PYTHON [pytest arguments: then only what these say]
+set -uo pipefail
+python=$1
+shift
+if (($#)); then
+  exec "$python" -m pytest "$@"
+fi
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+echo "the tests without an engine run beside those with one; what they said comes at the end"
+OMP_NUM_THREADS=1 nice -n 10 "$python" -m pytest -m "not engine" >"$log" 2>&1 &
+others=$!
+"$python" -m pytest -m engine
+engines=$?
+wait "$others"
+rest=$?
+cat "$log"
+exit $((engines > rest ? engines : rest))
