@@ -79,10 +79,13 @@ class Fetch:
         """Whether pages did not come for want of room."""
         return bool(self._full)
 
-    @property
-    def has_room_now(self) -> bool:
-        """Whether there is some where there was none."""
-        return all(landing.has_room for landing in self._full)
+    def has_room_now(self, others: int) -> bool:
+        """Whether there is room for its pages, or half a landing, where there was none. Args: others: pages that the
+        room is also for."""
+        return all(
+            landing.room - others >= max(1, min(self.pages, landing.pages // 2))
+            for landing in self._full
+        )
 
     def asked_for(self, page_hash: str) -> bool:
         """Whether a page is among its pages."""

@@ -68,6 +68,7 @@ class Landing:
         self._sums = np.zeros(pages, np.uint64)
         self._generations = np.zeros(pages, np.int64)
         self._leases = np.zeros(pages, np.int32)
+        self._leased = 0  # records with any
         self._idle = Idle(pages)  # those without a lease
         self._age = 0
 
@@ -78,12 +79,17 @@ class Landing:
     @property
     def leased(self) -> int:
         """Records that may not go."""
-        return int(np.count_nonzero(self._leases))
+        return self._leased
 
     @property
-    def has_room(self) -> bool:
-        """Whether any record may go. Looks at all of them."""
-        return self.leased < len(self._leases)
+    def room(self) -> int:
+        """Records that may go."""
+        return len(self._leases) - self._leased
+
+    @property
+    def pages(self) -> int:
+        """Records that there are."""
+        return len(self._leases)
 
     def hold(self, hashes: Sequence[str], *, prefix: bool) -> Lease:
         """Lease what is here of some pages, none of which is named twice.
@@ -101,6 +107,7 @@ class Landing:
             if prefix and missing.any():
                 slots[int(missing.argmax()) :] = NOWHERE
             here = slots[slots != NOWHERE]
+            self._leased += int(np.count_nonzero(self._leases[here] == 0))
             self._leases[here] += 1
             self._idle.remove(here)
             return self._lease(slots)
@@ -118,6 +125,7 @@ class Landing:
             for slot in slots.tolist():
                 self._forget(slot)
             self._leases[slots] = 1
+            self._leased += len(slots)
             return self._lease(slots)
 
     def came(
@@ -145,6 +153,7 @@ class Landing:
                 self._slots[hashes[i]] = slot
             lost = lease.slots[~came]
             self._leases[lost] = 0
+            self._leased -= len(lost)
             self._idle.add(lost, first=True)
             return self._lease(slots)
 
@@ -176,6 +185,7 @@ class Landing:
             self._age += 1
             self._slots.clear()
             self._leases[:] = 0
+            self._leased = 0
             self._idle.fill()
 
     def _lease(self, slots: Slots) -> Lease:
@@ -190,8 +200,10 @@ class Landing:
 
     def _give_back(self, slots: Slots) -> None:
         self._leases[slots] -= 1
+        free = slots[self._leases[slots] == 0]
+        self._leased -= len(free)
         # Without its first page the rest of a prompt is of no use, so the last one goes first.
-        self._idle.add(slots[self._leases[slots] == 0][::-1])
+        self._idle.add(free[::-1])
 
     def _forget(self, slot: int) -> None:
         if self._slots.get(self._hashes[slot]) == slot:

@@ -239,8 +239,9 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
         self._pass = None
 
     def lost(self, rid: str) -> bool:
-        """Whether a request whose turn has come is to be held up after all: its lookup has just begun a fetch."""
-        return self._promises.lost(rid)
+        """Whether a request whose turn has come is to be held up after all: its lookup has just begun a fetch. Within a
+        pass, as nobody else would ask for it again."""
+        return self._pass is not None and self._promises.lost(rid)
 
     def release(self, rid: str) -> None:
         """A request was admitted, or SGLang gives it up."""
@@ -282,7 +283,9 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
         if not self._queued:
             return -1
         queued, self._queued = self._queued, {}
-        return self._loading.start([part for parts in queued.values() for part in parts])
+        parts = [part for parts in queued.values() for part in parts]
+        # As for an offload: the forward pass that may still write to these places.
+        return self._loading.start(parts, self.record_offload_ready())
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         return self._loading.finish(counter_index)

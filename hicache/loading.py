@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sglang.srt.utils import get_device_module
 
 from .landing import NOWHERE, Landing, Lease
 from .layer_counter import LayerCounter
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from .device_pools import DevicePool
 
 logger = logging.getLogger(__name__)
-device_module: Any = get_device_module()
 
 
 class Damaged(RuntimeError):
@@ -57,7 +55,7 @@ class Part:
 class _Batch:
     index: int
     parts: Sequence[Part]
-    begun: Any  # an event: what SGLang's stream did before with these places is done
+    ready: Sequence[Any]  # events after which nobody writes to these places any more
     verdict: Future[bool]
 
 
@@ -78,13 +76,17 @@ class Loading:
         self._thread = threading.Thread(target=self._serve, name="lmcache-load", daemon=True)
         self._thread.start()
 
-    def start(self, parts: Sequence[Part]) -> int:
-        """Begin to load; the counter's index for it."""
+    def start(self, parts: Sequence[Part], ready: Sequence[Any]) -> int:
+        """Begin to load; the counter's index for it.
+
+        Args:
+            ready: events after which nobody writes to the places of these pages any more. A forward pass that is
+                still under way may: SGLang gives out the places of a request that has ended while the pass after
+                its last one still writes to them.
+        """
         index: int = self.counter.update_producer()
-        begun = device_module.Event()
-        begun.record()
         verdict = self._verdicts[index] = Future()
-        self._queue.put(_Batch(index, parts, begun, verdict))
+        self._queue.put(_Batch(index, parts, ready, verdict))
         return index
 
     def finish(self, index: int) -> bool:
@@ -124,7 +126,8 @@ class Loading:
 
     def _load(self, batch: _Batch, stream: Any) -> bool:
         """Whether what was copied is whole. Raises: Damaged: it is not there."""
-        batch.begun.synchronize()
+        for event in batch.ready:
+            event.synchronize()
         try:
             self._copy(batch, stream)
         finally:

@@ -118,6 +118,7 @@ class Promises:
         self._clock = clock
         self._lock = Lock()  # where requests come and go; around nothing that takes long
         self._requests: dict[str, _Request] = {}
+        self._again: list[Fetch] = []  # that were begun once more, and are not over
 
     def __len__(self) -> int:
         """Requests that hold something, or wait."""
@@ -224,7 +225,7 @@ class Promises:
         return held, restorable.ends(allowed) + start
 
     def is_ready(self, rid: str) -> bool:
-        """Whether a request need not wait any longer, for all that this rank knows. Changes nothing."""
+        """Whether a request need not wait any longer, for all that this rank knows. Changes nothing of it."""
         request = self._requests.get(rid)
         if request is None or request.fetch is None:
             return True
@@ -263,7 +264,10 @@ class Promises:
             return False
         if request.is_forgotten:
             return True
-        return fetch.was_short and not request.was_short and fetch.has_room_now
+        if request.was_short or not fetch.was_short:
+            return False
+        self._again = [each for each in self._again if not each.is_over]
+        return fetch.has_room_now(sum(each.pages for each in self._again))
 
     def _begin_again(self, request: _Request, before: Fetch) -> None:
         with self._lock:
@@ -271,6 +275,7 @@ class Promises:
             request.is_forgotten = False
             request.waits_since = None
             request.fetch = fetch = before.again()
+        self._again.append(fetch)
         self._fetch(fetch)
 
     def lost(self, rid: str) -> bool:

@@ -80,6 +80,7 @@ _EXCLUDES: dict[str, tuple[tuple[Any, ...], str]] = {
         ("null", None),
         "of whose requests it was never seen to hold up the right ones",
     ),
+    "dllm_algorithm": ((None,), "whose scheduler does not ask whether pages have come"),
     "pp_size": ((1, None), "as the stages would not agree on what is restored"),
     "dcp_size": ((1, None), "as a rank holds a stripe of each page"),
 }

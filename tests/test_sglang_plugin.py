@@ -247,6 +247,7 @@ def test_direct_sets_sglangs_flags_for_an_external_linker(scenario: Scenario) ->
         ("disaggregation_mode", "decode"),
         ("pp_size", 2),
         ("dcp_size", 2),
+        ("dllm_algorithm", "LowConfidence"),
     ],
 )
 def test_what_direct_does_not_go_with_is_refused_by_name(

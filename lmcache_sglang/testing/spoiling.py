@@ -58,11 +58,11 @@ def spoil_here(folder: Path) -> None:
 
     start = Loading.start
 
-    def start_spoiled(loading: Loading, parts: Any) -> int:
+    def start_spoiled(loading: Loading, parts: Any, ready: Any) -> int:
         if _loads(folder).exists():
             slot = int(parts[0].lease.slots[0])
             parts[0].landing.records[slot, 3] ^= 1
-        return start(loading, parts)
+        return start(loading, parts, ready)
 
     setattr(Loading, "start", start_spoiled)  # noqa: B010  # an assignment is none to a type checker
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lmcache_sglang.hicache.landing import NOWHERE, Landing, Lease
@@ -67,12 +69,31 @@ def test_records_whose_page_did_not_come_are_taken_before_others() -> None:
 def test_there_is_room_while_any_record_has_no_lease() -> None:
     landing = Landing(2, SIZE)
     lease = land(landing, ["a"])
-    assert landing.has_room
+    assert landing.room
     other = landing.take(1)
-    assert not landing.has_room
+    assert not landing.room
     landing.let_go(other)
-    assert landing.has_room
+    assert landing.room
     landing.let_go(lease)
+
+
+def test_the_room_is_counted_as_leases_come_and_go() -> None:
+    rng, landing = random.Random(3), Landing(12, SIZE)
+    held: list[Lease] = []
+    for turn in range(400):
+        pages = [f"{rng.randrange(9)}{number}" for number in range(rng.randrange(1, 5))]
+        what = rng.random()
+        if what < 0.3:
+            missing = [page for page in pages if not here(landing, [page])[0]]
+            held.append(land(landing, missing, lost=rng.choice(pages)))
+        elif what < 0.6:
+            held.append(landing.hold(pages, prefix=rng.random() < 0.5))
+        elif what < 0.98 and held:
+            landing.let_go(held.pop(rng.randrange(len(held))))
+        elif what >= 0.98:
+            landing.empty()
+        assert landing.leased == np.count_nonzero(landing._leases), turn
+        assert landing.room == 12 - landing.leased
 
 
 def test_room_that_pages_could_not_be_checked_in_can_be_given_back(

@@ -53,6 +53,18 @@ def test_the_forwards_stream_waits_for_a_layer_that_was_only_enqueued(device: De
     assert len(device.said) == LAYERS + 1
 
 
+def test_an_event_is_there_before_anybody_is_told_of_its_layer(device: Device) -> None:
+    from lmcache_sglang.hicache.layer_counter import LayerCounter
+
+    counter = LayerCounter(LAYERS)
+    index = counter.update_producer()
+    told = []
+    counter.futures[index][0].add_done_callback(lambda _: told.append(len(device.said)))
+    counter.enqueued(index, 0, SimpleNamespace(name="copies", device="a gpu"))
+    assert told == [1]
+    assert (index, 0) in counter._events
+
+
 def test_without_a_stream_there_is_nothing_to_wait_for(device: Device) -> None:
     from lmcache_sglang.hicache.layer_counter import LayerCounter
 

@@ -60,6 +60,9 @@ class Bench:
         self.landing.let_go(self.landing.came(room, names, keys, [True] * 4))
         self.names = names
 
+    def start(self, parts: list[Any], ready: list[Any] | None = None) -> int:
+        return self.loading.start(parts, ready or [])
+
     def part(self, pages: list[int]) -> Any:
         from lmcache_sglang.hicache.loading import Part
 
@@ -79,7 +82,7 @@ def test(sglang: None) -> Iterator[Bench]:
 
 def test_the_requests_of_a_batch_are_loaded_together_layer_by_layer(test: Bench) -> None:
     first, second = test.part([0, 2]), test.part([3])
-    index = test.loading.start([first, second])
+    index = test.start([first, second])
     assert test.loading.finish(index)
     records = [*first.lease.slots.tolist(), *second.lease.slots.tolist()]
     assert test.pool.copied == [(layer, [0, 20, 30], records) for layer in range(LAYERS)]
@@ -88,7 +91,7 @@ def test_the_requests_of_a_batch_are_loaded_together_layer_by_layer(test: Bench)
 
 def test_a_layer_is_ready_while_the_next_is_still_copied(test: Bench) -> None:
     gate = test.pool.wait_before[1] = Event()
-    index = test.loading.start([test.part([0])])
+    index = test.start([test.part([0])])
     counter = test.loading.counter
     counter.set_consumer(index)
     counter.wait_until(0)
@@ -101,17 +104,17 @@ def test_a_layer_is_ready_while_the_next_is_still_copied(test: Bench) -> None:
 @pytest.mark.parametrize("layer", range(LAYERS))
 def test_a_copy_that_fails_fails_its_load_and_no_other(layer: int, test: Bench) -> None:
     test.pool.fail_at = layer
-    index = test.loading.start([test.part([0]), test.part([1])])
+    index = test.start([test.part([0]), test.part([1])])
     assert not test.loading.finish(index)
     assert test.landing.leased == 0
     test.pool.fail_at = None
-    assert test.loading.finish(test.loading.start([test.part([2])]))
+    assert test.loading.finish(test.start([test.part([2])]))
 
 
 def test_a_record_that_changed_fails_its_load_after_all_layers_were_there(test: Bench) -> None:
     part = test.part([0, 1])
     test.landing.records[part.lease.slots[1], 7] ^= 1
-    assert not test.loading.finish(test.loading.start([part]))
+    assert not test.loading.finish(test.start([part]))
     assert len(test.pool.copied) == LAYERS
     assert test.damaged == [1]
     assert test.part([0, 1]).lease.slots[1] == NOWHERE  # not to be promised again
@@ -119,7 +122,7 @@ def test_a_record_that_changed_fails_its_load_after_all_layers_were_there(test: 
 
 def test_a_page_that_is_not_there_any_more_fails_the_load(test: Bench) -> None:
     test.landing.empty()
-    assert not test.loading.finish(test.loading.start([test.part([0])]))
+    assert not test.loading.finish(test.start([test.part([0])]))
     assert test.pool.copied == []
 
 
@@ -129,7 +132,7 @@ def test_of_a_batch_that_never_was_nothing_failed(test: Bench) -> None:
 
 def test_settling_waits_for_what_is_loaded(test: Bench) -> None:
     gate = test.pool.wait_before[2] = Event()
-    index = test.loading.start([test.part([0])])
+    index = test.start([test.part([0])])
     settled = Event()
 
     def settle() -> None:
@@ -149,7 +152,7 @@ def test_settling_waits_for_what_is_loaded(test: Bench) -> None:
 def test_another_page_in_the_place_of_a_promised_one_fails_the_load(test: Bench) -> None:
     """The landing is emptied between two layers, and filled anew: what is there is whole, and not what was asked for."""
     gate = test.pool.wait_before[1] = Event()
-    index = test.loading.start([test.part([0, 1])])
+    index = test.start([test.part([0, 1])])
     test.loading.counter.set_consumer(index)
     test.loading.counter.wait_until(0)
     test.landing.empty()
@@ -160,3 +163,69 @@ def test_another_page_in_the_place_of_a_promised_one_fails_the_load(test: Bench)
     gate.set()
     assert not test.loading.finish(index)
     assert test.damaged == [2]
+
+
+class Gate:
+    """An event, or a stream, of a device that the test lets come true."""
+
+    def __init__(self) -> None:
+        self.device = "a gpu"
+        self.asked, self.open = Event(), Event()
+
+    def synchronize(self) -> None:
+        self.asked.set()
+        assert self.open.wait(SECONDS)
+
+
+def test_nothing_is_copied_before_a_pass_under_way_has_written_what_it_writes(test: Bench) -> None:
+    """SGLang gives out the places of a request that has ended while a forward pass still writes to them."""
+    gates = [Gate(), Gate()]
+    index = test.start([test.part([0])], gates)
+    for gate in gates:
+        assert gate.asked.wait(SECONDS)
+        assert test.pool.copied == []
+        gate.open.set()
+    assert test.loading.finish(index)
+    assert len(test.pool.copied) == LAYERS
+
+
+@pytest.fixture
+def device(sglang: None, monkeypatch: pytest.MonkeyPatch) -> tuple[Gate, list[Any]]:
+    """A stream of a device in place of none, and the devices that were asked for one."""
+    from lmcache_sglang.hicache import loading
+
+    stream, asked = Gate(), list[Any]()
+
+    class Own:
+        @contextmanager
+        def on(self, device: Any) -> Iterator[Gate]:
+            asked.append(device)
+            yield stream
+
+    class Record:
+        def record(self, on: Gate) -> None:
+            assert on is stream
+
+    monkeypatch.setattr(loading, "OwnStream", Own)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: type("Module", (), {"Event": Record}))
+    return stream, asked
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_load_ends_when_its_stream_has_come_to_its_end(
+    fails: bool, device: tuple[Gate, list[Any]], test: Bench
+) -> None:
+    """Also one that fails: what was enqueued is still written to places that others get next."""
+    stream, asked = device
+    test.pool.fail_at = 1 if fails else None
+    part = test.part([0, 1])
+    index = test.start([part])
+    assert stream.asked.wait(SECONDS)
+    verdict = test.loading._verdicts[index]
+    assert not verdict.done()
+    assert test.landing.leased == 2
+    assert asked == [part.indices.device]
+    stream.open.set()
+    assert test.loading.finish(index) is not fails
+    assert verdict.result(SECONDS) is not fails
+    assert test.landing.leased == 0

@@ -377,13 +377,41 @@ def test_what_found_the_landing_full_is_fetched_once_more_when_its_turn_comes(
 def test_it_is_fetched_no_third_time(made: list[Bench]) -> None:
     test = bench(made, room=8)
     short_of(test)
-    held = test.landings["kv"].take(6)
+    held = []
+    test.look_around = lambda: held.append(test.landings["kv"].take(5))  # by another, meanwhile
     assert not test.turn("r")
     test.settle()
     assert test.fetched[-1].was_short
-    test.landings["kv"].let_go(held)
+    for lease in held:
+        test.landings["kv"].let_go(lease)
     assert test.turn("r")
     assert len(test.fetched) == 3
+
+
+def test_only_as_many_are_fetched_once_more_as_there_is_room_for(made: list[Bench]) -> None:
+    """One of them is admitted, and gives back what it had to all that wait behind it."""
+    test = bench(made, room=8)
+    test.store(range(12))
+    test.ask("others", pages=7)
+    test.settle()
+    for rid, first in (("r", 7), ("q", 6)):
+        test.promises.look_up(rid, PAGES[first:12], {})
+        test.settle()
+        assert test.fetched[-1].was_short
+    test.promises.end("others")
+    assert test.landings["kv"].room == 6
+    held = Event()
+
+    def wait() -> None:
+        assert held.wait(SECONDS)
+
+    test.look_around = wait  # so that the first is under way
+    assert not test.turn("r")
+    assert test.turn("q")  # a page would be left for it
+    held.set()
+    test.settle()
+    assert len(test.fetched) == 4
+    assert test.turn("r")
 
 
 def test_while_the_landing_is_full_nobody_waits_for_room(made: list[Bench]) -> None:
