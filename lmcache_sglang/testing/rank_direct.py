@@ -7,7 +7,8 @@ pages have landed, loads, and looks afterwards whether that was whole.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -101,10 +102,14 @@ class DirectTree(RankTree):
 
     def _may_go(self, request: Any) -> bool:
         """As in a pass of the scheduler, in which this request is the only one that waits."""
+        with self._a_pass(request):
+            return bool(self.cache.check_prefetch_progress(request.cache_request_handle))
+
+    @contextmanager
+    def _a_pass(self, request: Any) -> Iterator[None]:
         self.linker.begin_pass(lambda: [request.rid], sglang_direct._agreeing(self.cache))
-        may_go = bool(self.cache.check_prefetch_progress(request.cache_request_handle))
+        yield
         self.linker.end_pass()
-        return may_go
 
     def admit_together(self, tokens: list[int], requests: int) -> dict[str, int]:
         """Several requests with one prompt arrive; the first loads it, and the others then find it on the device. What
@@ -132,11 +137,13 @@ class DirectTree(RankTree):
         self._pump(lambda: self._may_go(request))
         most = self.family.tokens
         self.cache.evict(EvictParams(num_tokens=most, swa_num_tokens=most, mamba_num=most))
-        at_once = int(self._match(tokens, request).host_hit_length)
-        lost = self.linker.lost(request.rid)
+        with self._a_pass(request):
+            at_once = int(self._match(tokens, request).host_hit_length)
+            lost = self.linker.lost(request.rid)
         self._pump(lambda: self._may_go(request))
-        then = int(self._match(tokens, request).host_hit_length)
-        lost_again = self.linker.lost(request.rid)
+        with self._a_pass(request):
+            then = int(self._match(tokens, request).host_hit_length)
+            lost_again = self.linker.lost(request.rid)
         self.cache.linker.release_request(request.rid)
         return [at_once, lost, then, lost_again, self._leases()]
 
