@@ -304,7 +304,11 @@ def a_copy_that_is_refused_enqueues_no_layer() -> None:
     session = Session()
     src, dst = session.pool("page_first", HOST), session.pool("device", DEVICE)
     layered = partial(session.copier.layered, src=src.layout, dst=dst.layout)
-    must_fail(lambda: layered(plan_of(layers=range(1, 4))), ValueError, "layers: 1 to 4 of 3")
+    must_fail(
+        lambda: layered(plan_of(layers=range(1, 4))),
+        ValueError,
+        "layers: range(1, 4) is no range of these 3",
+    )
     must_fail(lambda: layered(CopyPlan([0], [20])), IndexError, "dst_slots: 20 is not one of 20")
     with layered(plan_of(layers=range(1, 3))) as copies:
         must_fail(lambda: copies.copy(0), IndexError, "layer: 0 is none of range(1, 3)")
