@@ -156,17 +156,19 @@ def check_layouts(machine: Machine, say: Callable[[str], None]) -> list[Checked]
                     for shift, way in product([0, 1], Way):
                         src, dst = source.pool(a, shape, shift), target.pool(b, shape)
                         what = f"{a} to {b} by {way.value}, shifted by {shift}"
-                        checked.add(what, _copies(machine, src, dst, way))
+                        checked.add(what, copies_pages(machine, src, dst, way))
             say(checked.line())
             done.append(checked)
     return done
 
 
-def _copies(machine: Machine, src: Pool, dst: Pool, way: Way) -> bool:
+def copies_pages(machine: Machine, src: Pool, dst: Pool, way: Way) -> bool:
+    """Whether a copy of some pages gives what torch gives."""
     src.fill(1)
     dst.fill(2)
     wanted = dst.twin()
     copy_by_torch(src, wanted, *PAGES, range(src.shape.layers))
+    machine.finish()  # what fills is not behind the copy's stream
     plan = CopyPlan.of_pages(*PAGES, page_size=src.shape.page_size)
     machine.mover.copy(plan, src.layout, dst.layout, way=way)
     machine.finish()

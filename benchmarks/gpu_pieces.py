@@ -6,27 +6,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from benchmarks import gpu_copies
-from benchmarks.gpu_copies import PAGES, Checked, Machine
+from benchmarks.gpu_copies import Checked, Machine, copies_pages
 from lmcache_sglang.kernels.copy_plan import CopyPlan
 from lmcache_sglang.kernels.cuda.choice import Way
-from lmcache_sglang.kernels.layout import PageLayout
-from lmcache_sglang.testing.torch_pools import KINDS, Pool, PoolShape, copy_by_torch
+from lmcache_sglang.testing.torch_pools import (
+    BLOCK_ORDERS,
+    KINDS,
+    Pool,
+    PoolShape,
+    copy_by_torch,
+)
 
-ORDERS = (
-    "LBHNC",
-    "LBNHC",
-    "LHBNC",
-    "BLHNC",
-    "BLNHC",
-    "BHLNC",
-)  # layer, block, head, token, content
 # Long enough that later layers are still under way when the first one is there.
 BY_LAYER = {
     "short runs": PoolShape(layers=12, pages=64, page_size=16, heads=4, dims=(64, 64)),
@@ -88,7 +84,7 @@ def check_registered(machine: Machine, say: Callable[[str], None]) -> list[Check
         with machine.registered(records.memory()):
             for src, dst in [(gpu, records), (records, again)]:
                 what = f"{src.kind} to {dst.kind}, {way.value}"
-                checked.add(what, _copies_pages(machine, src, dst, way))
+                checked.add(what, copies_pages(machine, src, dst, way))
     say(checked.line())
     return [checked]
 
@@ -96,21 +92,9 @@ def check_registered(machine: Machine, say: Callable[[str], None]) -> list[Check
 def _is_refused_or_right(machine: Machine, src: Pool, dst: Pool, way: Way) -> bool:
     """Some GPUs read memory that is not pinned."""
     try:
-        return _copies_pages(machine, src, dst, way)
+        return copies_pages(machine, src, dst, way)
     except ValueError as error:
         return str(error).startswith("memory: ")
-
-
-def _copies_pages(machine: Machine, src: Pool, dst: Pool, way: Way) -> bool:
-    src.fill(1)
-    dst.fill(2)
-    wanted = dst.twin()
-    copy_by_torch(src, wanted, *PAGES, range(src.shape.layers))
-    machine.finish()
-    plan = CopyPlan.of_pages(*PAGES, page_size=src.shape.page_size)
-    machine.mover.copy(plan, src.layout, dst.layout, way=way)
-    machine.finish()
-    return dst.same(wanted)
 
 
 def check_by_layer(machine: Machine, say: Callable[[str], None]) -> list[Checked]:
@@ -160,51 +144,12 @@ def check_orders(machine: Machine, say: Callable[[str], None]) -> list[Checked]:
     done = []
     for name, shape in gpu_copies.SHAPES.items():
         checked = Checked(f"vLLM's orders, {name}")
-        for order, (direction, source, target) in product(ORDERS, machine.directions()):
+        for order, (direction, source, target) in product(BLOCK_ORDERS, machine.directions()):
             for way in Way:
-                src, again = source.pool("device", shape), source.pool("device", shape)
-                blocks = _Blocks(order, shape, target.device, target.pinned)
+                pool, blocks = source.pool("device", shape), target.pool(order, shape)
                 what = f"{order}, {direction}, {way.value}"
-                checked.add(what, _there_and_back(machine, src, blocks, again, way))
+                checked.add(what, copies_pages(machine, pool, blocks, way))
+                checked.add(f"{what}, and back", copies_pages(machine, blocks, pool, way))
         say(checked.line())
         done.append(checked)
     return done
-
-
-@dataclass
-class _Blocks:
-    """One allocation in this order; `views` are [layer, block, head, token, content] of it."""
-
-    order: str
-    shape: PoolShape
-    device: str
-    pinned: bool
-
-    def __post_init__(self) -> None:
-        s = self.shape
-        length = {"L": s.layers, "B": s.pages, "H": s.heads, "N": s.page_size, "C": sum(s.dims)}
-        sizes = [length[axis] for axis in self.order]
-        whole = torch.zeros(sizes, dtype=s.dtype, device=self.device, pin_memory=self.pinned)
-        self.views = whole.permute([self.order.index(axis) for axis in "LBHNC"])
-        self.layout = PageLayout.blocks(list(self.views.unbind(0)), head_dims=s.dims)
-
-
-def _there_and_back(machine: Machine, src: Pool, blocks: _Blocks, again: Pool, way: Way) -> bool:
-    shape = src.shape
-    src.fill(1)
-    again.fill(2)
-    back = again.twin()
-    copy_by_torch(src, back, PAGES[0], PAGES[0], range(shape.layers))
-    wanted = blocks.views.clone()
-    for plane, layer in product(range(src.planes), range(shape.layers)):
-        begin = sum(shape.dims[:plane])
-        rows = src.rows(plane, layer)[PAGES[0]].flatten(2, 3).transpose(1, 2)
-        content = wanted[layer][..., begin : begin + shape.dims[plane]]
-        content[PAGES[1]] = rows.to(wanted.device)
-    machine.finish()
-    there = CopyPlan.of_pages(*PAGES, page_size=shape.page_size)
-    machine.mover.copy(there, src.layout, blocks.layout, way=way)
-    plan = CopyPlan.of_pages(PAGES[1], PAGES[0], page_size=shape.page_size)
-    machine.mover.copy(plan, blocks.layout, again.layout, way=way)
-    machine.finish()
-    return _equal(blocks.views, wanted) and again.same(back)

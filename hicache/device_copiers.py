@@ -157,13 +157,13 @@ class ByEngine:
         self._tables = [[self._table(plane) for plane in group.planes] for group in groups]
 
     def to_records(self, firsts: torch.Tensor, records: torch.Tensor) -> None:
-        chosen = torch.arange(len(records))
+        chosen, rows = torch.arange(len(records)), self._rows(firsts, 1)
         for group, tables in zip(self._groups, self._tables, strict=True):
             for plane, table in zip(group.planes, tables, strict=True):
                 self._store(
                     src_layers=table,
                     dst=records.flatten(),
-                    src_indices=self._rows(firsts, 1),
+                    src_indices=rows,
                     dst_indices=self._places(plane, chosen),
                     item_size=plane[0].width,
                     dst_layout_dim=plane[0].stride,
@@ -175,13 +175,14 @@ class ByEngine:
         self, firsts: torch.Tensor, records: torch.Tensor, chosen: torch.Tensor
     ) -> Iterator[Scatter]:
         rows, flat = self._rows(firsts, 1), records.flatten()
+        places = [[self._places(plane, chosen) for plane in group.planes] for group in self._groups]
 
         def scatter(group: int, place: int) -> None:
-            for plane in self._groups[group].planes:
+            for plane, src_rows in zip(self._groups[group].planes, places[group], strict=True):
                 self._load(
                     src=flat,
                     dst=plane[place].buffer,
-                    src_indices=self._places(plane, chosen),
+                    src_indices=src_rows,
                     dst_indices=rows,
                     layer_id=place,
                     item_size=plane[0].width,

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
@@ -316,11 +317,10 @@ class Fetching:
         batch = batch[: len(room.slots)]
         if not batch:
             return 0
-        try:
+        with ExitStack() as failed:
+            failed.callback(landing.let_go, room)
             whole, came = self._fill(reading, name, room, range(batch[0], batch[-1] + 1))
-        except BaseException:
-            landing.let_go(room)
-            raise
+            failed.pop_all()
         reading.fetch.keep(landing, came)
         return whole.index(False) if False in whole else len(whole)
 

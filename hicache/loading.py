@@ -114,7 +114,8 @@ class Loading:
                 with own.on(batch.parts[0].indices.device) as stream:
                     whole = self._load(batch, stream)
             except Exception as error:
-                # The counter hands it on: the scheduler aborts these requests.
+                # Of every kind: attention waits for the layers of this load with no limit, so whatever went wrong, torch's
+                # and the driver's errors too, must reach the counter. That hands it on, and these requests are aborted.
                 logger.error("lmcache: a load failed", exc_info=error)
                 self.counter.fail(batch.index, error)
             finally:

@@ -26,7 +26,7 @@ from .hicache.guard import harmless
 
 logger = logging.getLogger(__name__)
 
-NAME = "lmcache"  # of the linker
+NAME = "lmcache"  # of the backend, and of the linker
 MODULE, CLASS = "lmcache_sglang.hicache.linker", "LMCacheLinker"
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"

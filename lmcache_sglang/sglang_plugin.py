@@ -58,7 +58,7 @@ from .hicache.guard import harmless
 
 logger = logging.getLogger(__name__)
 
-NAME = "lmcache"
+NAME = sglang_direct.NAME
 FLAG = "--hicache-storage-backend"
 TESTED = ("0.5.23",)
 

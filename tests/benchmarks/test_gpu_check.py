@@ -124,7 +124,7 @@ def test_it_finds_all_copies_right() -> None:
     (registered,) = gpu_pieces.check_registered(machine(), quiet)
     assert (registered.right, registered.wrong) == (6, None)
     (orders,) = gpu_pieces.check_orders(machine(), quiet)
-    assert (orders.right, orders.wrong) == (6 * 3 * 2, None)
+    assert (orders.right, orders.wrong) == (6 * 3 * 2 * 2, None)  # each way and back
 
 
 @pytest.mark.usefixtures("few")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 
 from lmcache_sglang.hicache.landing import NOWHERE, Landing
+from lmcache_sglang.testing.waiting import returns_only_after
 
 LAYERS = 3
 SIZE = 32
@@ -133,17 +134,7 @@ def test_of_a_batch_that_never_was_nothing_failed(test: Bench) -> None:
 def test_settling_waits_for_what_is_loaded(test: Bench) -> None:
     gate = test.pool.wait_before[2] = Event()
     index = test.start([test.part([0])])
-    settled = Event()
-
-    def settle() -> None:
-        test.loading.settle()
-        settled.set()
-
-    thread = Thread(target=settle)
-    thread.start()
-    assert not settled.wait(0.1)
-    gate.set()
-    thread.join()
+    returns_only_after(test.loading.settle, gate.set)
     assert len(test.pool.copied) == LAYERS
     assert test.loading.finish(index)  # nobody knows of it any more
     assert test.landing.leased == 0

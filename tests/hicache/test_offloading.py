@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from threading import Event, Thread
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +19,7 @@ from lmcache_sglang.kernels.pages import PageSegments
 from lmcache_sglang.storage.chain import Chain
 from lmcache_sglang.storage.memory import MemoryTier
 from lmcache_sglang.testing.faulty_tier import FaultyTier
+from lmcache_sglang.testing.waiting import returns_only_after
 
 SPAN, WIDTH = 4, 16
 PAGE = SPAN * WIDTH
@@ -213,18 +214,7 @@ def hung(test: Bench) -> Gate:
 def test_settling_waits_for_what_is_stored_and_forgets_the_results(test: Bench) -> None:
     gate = hung(test)
     test.offer(range(6, 10))
-    settled = Event()
-
-    def settle() -> None:
-        assert test.offloading.settle(SECONDS)
-        settled.set()
-
-    thread = Thread(target=settle)
-    thread.start()
-    assert not settled.wait(0.1)
-    gate.open()
-    thread.join()
-    assert settled.is_set()
+    assert returns_only_after(lambda: test.offloading.settle(SECONDS), gate.open)
     assert test.offloading.done() == 0
     assert all(test.chain.exists(test.keys(range(6, 10))))
     assert test.offer(range(10, 25))  # nothing waits
