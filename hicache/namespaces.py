@@ -21,7 +21,7 @@ from threading import Lock
 import msgspec
 
 from .identity import VERSION, ModelIdentity, PageIdentity, digest, text_of
-from .tiling import Kind
+from .kind import Kind
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ import torch
 
 from ..kernels.pages import PageSegments
 from .identity import ModelIdentity, PageIdentity, namespace
+from .kind import Kind
 from .pools import HostPool, Sharding, describe, logical_page_size, segments, stage
-from .tiling import NOTHING, Kind, Tiling, tiling
+from .tiling import NOTHING, Tiling, tiling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

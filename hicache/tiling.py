@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .form import PageForm, Range, Untileable, overlap
-from .identity import ModelIdentity, PageIdentity
+from .identity import ModelIdentity
+from .kind import Kind
 
 MOST_COVERS = 8  # each costs a lookup of the pages that are missing
 
@@ -28,15 +29,6 @@ class Piece:
 
 
 Cover = tuple[Piece, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of page that a store was given."""
-
-    namespace: bytes
-    model: ModelIdentity
-    page: PageIdentity
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ import pytest
 
 from lmcache_sglang.hicache import namespaces as module
 from lmcache_sglang.hicache.identity import VERSION, digest
+from lmcache_sglang.hicache.kind import Kind
 from lmcache_sglang.hicache.namespaces import FOLDER, Namespaces
-from lmcache_sglang.hicache.tiling import Kind
 from tests.hicache.test_tiling import kind
 
 LEFT, RIGHT = kind((0, 4)), kind((4, 8))

@@ -9,7 +9,8 @@ import pytest
 
 from lmcache_sglang.hicache.form import PageForm, Untileable, overlap
 from lmcache_sglang.hicache.identity import ModelIdentity, PageIdentity, namespace
-from lmcache_sglang.hicache.tiling import MOST_COVERS, Kind, Tiling, tiling
+from lmcache_sglang.hicache.kind import Kind
+from lmcache_sglang.hicache.tiling import MOST_COVERS, Tiling, tiling
 
 MODEL = ModelIdentity(name="m", fingerprint="f", kv_dtype="auto", settings={"dtype": "bfloat16"})
 HEADS, LAYERS = 8, 8
