@@ -226,6 +226,13 @@ bool Index::has_old_reader() {
   return oldest + 1 < info.me_last_txnid;
 }
 
+uint64_t Index::last_change() {
+  const User user = use();
+  MDB_envinfo info;
+  require(mdb_env_info(env_, &info), "info");
+  return info.me_last_txnid;
+}
+
 uint64_t Index::used_bytes() {
   const User user = use();
   MDB_envinfo info;

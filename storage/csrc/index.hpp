@@ -64,6 +64,7 @@ class Index {
 
   unsigned reap_readers();  // of processes that were killed; they would make the file grow
   bool has_old_reader();    // whether a snapshot of more than one commit ago is in use
+  uint64_t last_change();   // the number of the last commit, of whichever process
   uint64_t used_bytes();    // pages of the file that ever held something
   uint64_t tree_bytes();    // pages of the index table's tree
   uint64_t map_bytes() const { return options_.map_bytes; }
