@@ -43,6 +43,7 @@ asan() {
     export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:quarantine_size_mb=8:log_path=$PWD/build/asan-report
     export UBSAN_OPTIONS=print_stacktrace=1:log_path=$PWD/build/asan-report PYTHONMALLOC=malloc
     tests asan libasan.so tests/kernels tests/storage/test_device.py tests/storage/slab \
+        tests/storage/peers/test_{directory,holdings,fetch,frames,wire_fuzz}.py \
         -k "not bad_one_to_die_at and not hammer_one_store and not no_history and not thread_sanitizer and not $not_ours"
 }
 

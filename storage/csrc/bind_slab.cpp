@@ -9,7 +9,8 @@
 #include <map>
 #include <memory>
 
-#include "cancel.hpp"
+#include "bind_pages.hpp"
+#include "holdings.hpp"
 #include "slab_store.hpp"
 #include "spill.hpp"
 
@@ -24,47 +25,10 @@ using namespace lmcache;
 using Unlocked = nb::call_guard<nb::gil_scoped_release>;
 constexpr Unlocked kUnlocked;
 
-Deadline deadline_in(double seconds) {
-  const double most = 365.0 * 24 * 3600;
-  return Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                            std::chrono::duration<double>(std::clamp(seconds, 0.0, most)));
+Batch batch_of(const std::vector<Key>& keys, const Pages& pages) {
+  pages.require(keys.size());
+  return {keys, pages.pages, pages.bytes};
 }
-
-Key key_of(nb::handle object) {
-  if (!PyBytes_Check(object.ptr())) throw nb::type_error("keys must be bytes");
-  if (PyBytes_GET_SIZE(object.ptr()) != kKeyBytes) throw nb::value_error("a key has 48 bytes");
-  return Key::of({PyBytes_AS_STRING(object.ptr()), kKeyBytes});
-}
-
-std::vector<Key> keys_of(const nb::list& objects) {
-  std::vector<Key> keys;
-  keys.reserve(objects.size());
-  for (nb::handle object : objects) keys.push_back(key_of(object));
-  return keys;
-}
-
-// The memory of a batch, as the native side wants it.
-struct Pages {
-  Pages(const std::vector<uint64_t>& addresses, const std::vector<uint64_t>& sizes,
-        size_t per_page) {
-    if (per_page == 0 || addresses.size() != sizes.size() || addresses.size() % per_page != 0)
-      throw nb::value_error("addresses and sizes must both hold per_page entries for each page");
-    segments.reserve(addresses.size());
-    for (size_t i = 0; i < addresses.size(); ++i)
-      segments.push_back({reinterpret_cast<uint8_t*>(addresses[i]), static_cast<size_t>(sizes[i])});
-    for (size_t i = 0; i < segments.size(); i += per_page) {
-      pages.emplace_back(segments.data() + i, per_page);
-      bytes.push_back(bytes_of(pages.back()));
-    }
-  }
-  Batch with(const std::vector<Key>& keys) const {
-    if (keys.size() != pages.size()) throw nb::value_error("keys and pages must be equally many");
-    return {keys, pages, bytes};
-  }
-  std::vector<Segment> segments;
-  std::vector<std::span<const Segment>> pages;
-  std::vector<uint64_t> bytes;
-};
 
 // None: the batch is one run of a chain. Else each page's parent, a key or empty bytes.
 std::vector<Tag> parents_of(const std::vector<Key>& keys, const std::optional<nb::list>& given) {
@@ -150,22 +114,12 @@ StoreOptions options_of(const nb::dict& given) {
   return options;
 }
 
-Limits limits_of(double seconds, const Cancel* cancel) {
-  return {deadline_in(seconds), cancel == nullptr ? nullptr : &cancel->raised};
-}
-
-template <class T>
-nb::bytes codes_of(const std::vector<T>& outcome) {
-  static_assert(sizeof(T) == 1);
-  return nb::bytes(outcome.data(), outcome.size());
-}
-
 nb::bytes get(SlabStore& store, const nb::list& key_objects, const std::vector<uint64_t>& addresses,
               const std::vector<uint64_t>& sizes, size_t per_page, double seconds,
               const Cancel* cancel) {
   const auto keys = keys_of(key_objects);
   const Pages pages(addresses, sizes, per_page);
-  const Batch batch = pages.with(keys);
+  const Batch batch = batch_of(keys, pages);
   std::vector<Lookup> outcome;
   {
     nb::gil_scoped_release unlocked;
@@ -182,7 +136,7 @@ nb::bytes put(SlabStore& store, const nb::list& key_objects, const std::vector<u
   const auto keys = keys_of(key_objects);
   const auto parents = parents_of(keys, parent_objects);
   const Pages pages(addresses, sizes, per_page);
-  const Batch batch = pages.with(keys);
+  const Batch batch = batch_of(keys, pages);
   const Spill what = spill_named(spill);
   const std::vector<uint64_t> none;
   const std::vector<uint64_t>& sums = checksums ? *checksums : none;
@@ -235,6 +189,19 @@ void set_quota(SlabStore& store, const nb::bytes& space, uint64_t bytes, double 
   const std::string name = space_of(space);
   nb::gil_scoped_release unlocked;
   store.set_quota(name, bytes, deadline_in(seconds));
+}
+
+nb::bytes tags(SlabStore& store, const std::optional<std::vector<nb::bytes>>& spaces,
+               uint64_t least) {
+  std::optional<std::vector<std::string>> names;
+  if (spaces) names.emplace();
+  for (size_t i = 0; names && i < spaces->size(); ++i) names->push_back(space_of((*spaces)[i]));
+  std::vector<uint64_t> tags;
+  {
+    nb::gil_scoped_release unlocked;
+    tags = Holdings(store).tags(names, least);
+  }
+  return nb::bytes(tags.data(), tags.size() * sizeof(uint64_t));
 }
 
 nb::dict counts(SlabStore& store) {
@@ -321,6 +288,9 @@ void bind_slab(nb::module_& m) {
       .def("pin", &pin, "keys"_a, "until"_a, "seconds"_a)
       .def("set_quota", &set_quota, "space"_a, "most"_a, "seconds"_a)
       .def("used_again", &used_again, "keys"_a)
+      .def("tags", &tags, "spaces"_a.none(), "least"_a)
+      .def(
+          "changed", [](SlabStore& store) { return Holdings(store).changed(); }, kUnlocked)
       .def("counts", &counts)
       .def("check", &check, "repair"_a, "seconds"_a)
       .def("spill", &spill_into, "lower"_a, "bytes_most"_a, "seconds"_a)

@@ -6,7 +6,9 @@
 namespace nb = nanobind;
 
 void bind_device(nb::module_& m);
+void bind_directory(nb::module_& m);
 void bind_slab(nb::module_& m);
+void bind_wire(nb::module_& m);
 
 NB_MODULE(_native, m) {
   using lmcache::Cancel;
@@ -16,5 +18,7 @@ NB_MODULE(_native, m) {
       .def("set", [](Cancel& cancel) { cancel.raised = true; })
       .def("is_set", [](const Cancel& cancel) { return cancel.raised.load(); });
   bind_device(m);
+  bind_directory(m);
   bind_slab(m);
+  bind_wire(m);
 }

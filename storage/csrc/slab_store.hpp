@@ -134,6 +134,7 @@ class SlabStore {
   const StoreOptions& options() const { return options_; }
 
  private:
+  friend class Holdings;
   friend class Rebuild;
   friend class Inspection;
   struct Job {
