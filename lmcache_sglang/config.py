@@ -15,11 +15,9 @@ For example::
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
-import re
 import shutil
 import tomllib
 from collections.abc import Mapping
@@ -27,9 +25,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from .errors import ConfigError
+from .sections import Section, Size, explain, switched
 from .storage.slab import files
 
 ENVIRONMENT = "LMCACHE_SGLANG_CONFIG"
@@ -58,24 +57,6 @@ DISK_SHARE = 0.25  # of what the file system has free beside the store
 UNUSED_MOST = 128 << 10  # of the bytes that a store was given (OVERHEAD in storage/slab/plan.py)
 DISK_MAX = 64 << 40  # of a given size: what a slot's number can name
 
-
-_SIZE = re.compile(r"auto|\d*\.?\d+\s*[a-z]*", re.IGNORECASE)
-
-
-def _require_size(value: object) -> object:
-    """Pydantic would take True for one byte, and "5%" for five."""
-    if isinstance(value, bool) or (isinstance(value, str) and not _SIZE.fullmatch(value.strip())):
-        raise ValueError("no size")  # `_explain` says what would be one
-    return value
-
-
-Size = Annotated[Literal["auto"] | ByteSize, BeforeValidator(_require_size)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 SHARED_MEMORY = Path("/dev/shm")
 CPU_LEAST = 256 << 20  # of an automatic size: a container's default /dev/shm of 64 MB is no tier
 
@@ -85,7 +66,7 @@ Eviction = Annotated[
 ]
 
 
-class CpuConfig(_Section):
+class CpuConfig(Section):
     """The CPU tier: shared memory of this node, one for all engines that share the store directory."""
 
     size: Size = Field(
@@ -122,7 +103,7 @@ class CpuConfig(_Section):
         return SHARED_MEMORY / f"lmcache-sglang-{os.getuid()}" / digest
 
 
-class DiskConfig(_Section):
+class DiskConfig(Section):
     """The disk tier."""
 
     size: Size = Field(
@@ -171,12 +152,7 @@ class DiskConfig(_Section):
         return max(own, min(DISK_MOST, int(DISK_SHARE * (free + own))))
 
 
-def _switched(value: object) -> object:
-    """`true` and `false` for a section that is there or not."""
-    return {"enabled": value} if isinstance(value, bool) else value
-
-
-class DirectConfig(_Section):
+class DirectConfig(Section):
     """The way from the device to the store without SGLang's host pool."""
 
     enabled: bool = Field(
@@ -231,7 +207,7 @@ def _with_home(path: Path) -> Path:
         raise ConfigError("path", f"{path}: {error} Give an absolute path") from error
 
 
-class Config(_Section):
+class Config(Section):
     """Everything a store needs to know."""
 
     path: Path = Field(default_factory=_default_path, description="The store directory.")
@@ -242,8 +218,11 @@ class Config(_Section):
         description="Whether a prefix that the engine computes sooner than it is read is computed, by what "
         "was measured of both.",
     )
-    peers: Path | None = Field(default=None, description="The peer-sharing file (a later version).")
-    direct: Annotated[DirectConfig, BeforeValidator(_switched)] = DirectConfig(enabled=False)
+    peers: Path | None = Field(
+        default=None,
+        description="The peer-sharing file, with which nodes share pages (docs/peers.md).",
+    )
+    direct: Annotated[DirectConfig, BeforeValidator(switched)] = DirectConfig(enabled=False)
 
     @classmethod
     def load(cls, extra: Mapping[str, Any] | None = None) -> Config:
@@ -266,7 +245,7 @@ class Config(_Section):
         try:
             config = cls.model_validate(settings)
         except ValidationError as error:
-            raise _explain(error) from error
+            raise explain(error, cls) from error
         config._require_usable()
         return config
 
@@ -286,10 +265,6 @@ class Config(_Section):
         if not self.directory.is_absolute():
             raise ConfigError("path", f"{self.path} is relative; give an absolute path")
         self._require_own_memory()
-        if self.peers is not None:
-            raise ConfigError(
-                "peers", "sharing with peers is not in this version; take the key out"
-            )
         if self.direct.landing == 0:
             raise ConfigError(
                 "direct.landing", "it is 0: no page could land; give it more, or auto"
@@ -347,7 +322,7 @@ def read_file(path: Path, setting: str) -> dict[str, Any]:
                 return _mapping(yaml.safe_load(text), f"{setting} ({path})")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(setting, f"cannot read {path}: {error}") from error
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: JSON, TOML, or a date that is none
         raise ConfigError(setting, f"{path} does not parse: {error}") from error
     raise ConfigError(setting, f"{path} is no .yaml, .yml, .json or .toml file")
 
@@ -367,35 +342,6 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
     return merged
-
-
-def _explain(error: ValidationError) -> ConfigError:
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part not in ("literal['auto']", "ByteSize")]
-    key = ".".join(where)
-    if first["type"] == "extra_forbidden":
-        return ConfigError(key, _unknown(key))
-    if where[-1] in ("size", "landing"):
-        return ConfigError(key, f'{first["input"]!r} is no size; give "64GiB", 0 or "auto"')
-    if first["type"] == "model_type":
-        return ConfigError(key, f"{first['input']!r} is no mapping; give {{size: 64GiB}}")
-    return ConfigError(key, f"{first['msg']} (given: {first['input']!r})")
-
-
-def _unknown(key: str) -> str:
-    valid = _keys(Config)
-    near = difflib.get_close_matches(key.lower(), valid, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
-    return f"there is no such key; {hint}"
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            keys += _keys(field.annotation, f"{prefix}{name}.")
-    return keys
 
 
 def memory_limit() -> int:

@@ -72,9 +72,9 @@ def test_kernels_folder_never_shadows_hugging_face_kernels() -> None:
 
 
 def test_an_installation_has_one_name() -> None:
-    """Beside metadata, and the hook of an editable installation."""
+    """Beside metadata, the command in a bin folder, and the hook of an editable installation."""
     installed = {path.parts[0] for path in files("lmcache-sglang") or [] if len(path.parts) > 1}
-    names = {name for name in installed if not name.endswith((".dist-info", "__pycache__"))}
+    names = {name for name in installed if not name.endswith((".dist-info", "__pycache__", ".."))}
     assert names == {"lmcache_sglang"}
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert settings["tool"]["scikit-build"]["wheel"]["packages"] == ["lmcache_sglang"]

@@ -1,0 +1,1 @@
+"""The command ``lmcache-sglang``. Each command is a module with `add_parser`."""

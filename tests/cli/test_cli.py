@@ -1,0 +1,303 @@
+"""The command, as it is started by hand: processes of their own, real files, real sockets."""
+
+from __future__ import annotations
+
+import re
+import socket
+import stat
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lmcache_sglang.cli import __main__ as command
+from lmcache_sglang.cli.peers import size
+from lmcache_sglang.cli.reaching import Reach, reachable
+from lmcache_sglang.peer_file import PeerFile
+from lmcache_sglang.storage.peers.keys import KeyPair, is_key
+
+HEAVY = {"torch", "numpy", "sglang", "vllm", "lmdb", "asyncio"}
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lmcache_sglang.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=cwd,
+    )
+
+
+def keygen(folder: Path, name: str) -> str:
+    """Returns: the public key."""
+    made = run("keygen", "--out", folder, "--name", name)
+    assert made.returncode == 0, made.stderr
+    (public,) = re.findall(r"The public key is (\S+)", made.stdout)
+    return str(public)
+
+
+def settings(folder: Path, text: str) -> Path:
+    path = folder / "peers.yaml"
+    path.write_text(text)
+    return path
+
+
+# --- the command itself ---
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"lmcache-sglang {version('lmcache-sglang')}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["keygen"], ["peers"], ["peers", "check"]], ids=str)
+def test_help_is_everywhere(words: list[str]) -> None:
+    said = run(*words, "--help")
+    assert said.returncode == 0
+    assert said.stdout.startswith("usage: lmcache-sglang")
+    if words != ["peers"]:
+        assert "examples:\n  lmcache-sglang" in said.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["peer"],
+        ["peers"],
+        ["peers", "check"],
+        ["peers", "check", "--seconds", "nan", "x"],
+        ["peers", "check", "--seconds", "0", "x"],
+        ["keygen", "--name", "a/b"],
+        ["keygen", "--name", ""],
+        ["keygen", "more"],
+    ],
+    ids=str,
+)
+def test_wrong_arguments(words: list[str]) -> None:
+    said = run(*words)
+    assert said.returncode == 2
+    assert said.stderr.startswith("usage: lmcache-sglang")
+    assert said.stdout == ""
+
+
+@pytest.mark.parametrize("words", [["--version"], ["peers", "check", "peers.yaml"]], ids=str)
+def test_it_starts_without_an_engine(words: list[str], tmp_path: Path) -> None:
+    settings(tmp_path, "listen: tcp://127.0.0.1:7801\n")
+    code = f"""
+import sys
+from lmcache_sglang.cli.__main__ import main
+try:
+    main({words!r})
+except SystemExit:
+    pass
+print(*sys.modules, file=sys.stderr)
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    loaded = set(said.stderr.split())
+    assert "lmcache_sglang.cli.peers" in loaded
+    assert not HEAVY & loaded
+
+
+def test_the_installed_script_is_the_same_command() -> None:
+    scripts = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'lmcache-sglang = "{command.__name__}:main"' in scripts
+    assert callable(command.main)
+
+
+# --- keygen ---
+
+
+def test_keygen_makes_two_files_with_safe_modes(tmp_path: Path) -> None:
+    public = keygen(tmp_path / "new" / "keys", "node-a")
+    assert is_key(public)
+    folder = tmp_path / "new" / "keys"
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == {"node-a.key": 0o644, "node-a.key_secret": 0o600}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    pair = KeyPair.load(folder / "node-a.key_secret")
+    assert pair.public == public
+
+
+def test_keygen_shows_no_secret(tmp_path: Path) -> None:
+    made = run("keygen", "--name", "node-a", cwd=tmp_path)
+    assert KeyPair.load(tmp_path / "node-a.key_secret").secret not in made.stdout + made.stderr
+
+
+def test_what_keygen_prints_can_be_pasted(tmp_path: Path) -> None:
+    """Twenty times, since keys have all kinds of characters."""
+    for number in range(20):
+        made = KeyPair.new()
+        assert yaml.safe_load(f'"{made.public}"') == made.public, number
+    folder = tmp_path / "with space"
+    printed = run("keygen", "--out", folder, "--name", "node-a").stdout
+    here, others = printed.split("# In the peers.yaml of the other nodes")
+    loaded = PeerFile(settings(folder, here)).load()
+    assert loaded.name == "node-a"
+    assert loaded.key == KeyPair.load(folder / "node-a.key_secret")
+    keygen(folder, "node-b")
+    body = others.split("\n", 1)[1]
+    there = PeerFile(settings(folder, f"name: node-b\nkey: node-b.key_secret\n{body}")).load()
+    assert [each.node for each in there.known] == ["node-a"]
+    assert loaded.own_key in there.allow
+
+
+def test_keygen_replaces_nothing_unless_forced(tmp_path: Path) -> None:
+    first = keygen(tmp_path, "node-a")
+    again = run("keygen", "--out", tmp_path, "--name", "node-a")
+    assert again.returncode == 1
+    assert again.stdout == ""
+    assert re.fullmatch(r".*node-a\.key is there already; --force .*\n", again.stderr)
+    assert KeyPair.load(tmp_path / "node-a.key_secret").public == first
+    assert run("keygen", "--out", tmp_path, "--name", "node-a", "--force").returncode == 0
+    assert KeyPair.load(tmp_path / "node-a.key_secret").public != first
+
+
+def test_keygen_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = run("keygen", "--out", tmp_path / "file" / "keys", "--name", "a")
+    assert said.returncode == 1
+    assert re.fullmatch(r"cannot write to .*: Not a directory\n", said.stderr)
+
+
+# --- peers check ---
+
+
+def test_check_explains_the_file(tmp_path: Path) -> None:
+    own, other = (keygen(tmp_path / "keys", name) for name in ("node-a", "node-b"))
+    path = settings(
+        tmp_path,
+        """
+name: node-a
+key: keys/node-a.key_secret
+advertise: tcp://node-a:7801
+peers: [{name: node-b, address: "tcp://node-b:7801", key: keys/node-b.key}]
+limits: {bandwidth: 1.5GiB, in_flight: 32MiB}
+share: {models: ["meta-*"], minimum_prefix: 4}
+keep: second-hit
+""",
+    )
+    said = run("peers", "check", path)
+    assert said.returncode == 0, said.stderr
+    assert said.stderr == ""
+    for line in (
+        r"node +node-a",
+        r"listens at +tcp://0\.0\.0\.0:7801",
+        r"advertises +tcp://node-a:7801",
+        rf"encryption +CURVE, own public key {re.escape(own)}",
+        rf"peer +node-b tcp://node-b:7801 key {re.escape(other[:8])}…",
+        rf"allows +2 keys: its own, {re.escape(other[:8])}…",
+        r"serves +1\.5 GiB/s, 32 MiB of memory,",
+        r"shares +models meta-\*; all namespaces, chains of 4 pages and more",
+        r"keeps +pages of peers: second-hit",
+    ):
+        assert re.search(rf"^{line}$", said.stdout, re.MULTILINE), line
+    assert "note" not in said.stdout
+    secret = KeyPair.load(tmp_path / "keys" / "node-a.key_secret").secret
+    assert secret not in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("listen: tcp://127.0.0.1:1", "peers: neither"),
+        ("listen: []", "listen: it is empty, and nobody is listed"),
+        ("insecure: true\nadvertise: tcp://a:1", "insecure: nothing is encrypted"),
+        ("listen: ipc:///run/x\nlimits: {window: 1GiB}", "limits.window"),
+    ],
+)
+def test_check_says_what_is_probably_not_meant(tmp_path: Path, text: str, note: str) -> None:
+    said = run("peers", "check", settings(tmp_path, text))
+    assert said.returncode == 0
+    assert re.search(rf"^note +{re.escape(note)}", said.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("text", ["limit: {}", "", "key: gone.key_secret", "listen: ["])
+def test_check_says_in_one_line_what_is_wrong(tmp_path: Path, text: str) -> None:
+    path = settings(tmp_path, text)
+    said = run("peers", "check", path)
+    assert said.returncode == 1
+    assert said.stdout == ""
+    assert said.stderr.startswith("peers: ")
+    assert str(path) in said.stderr
+    assert "Traceback" not in said.stderr
+    assert said.stderr.count("\n") == 1
+
+
+def test_check_tries_the_addresses(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        is_open, is_shut = server.getsockname()[1], nobody.getsockname()[1]
+        path = settings(
+            tmp_path,
+            f"""
+listen: tcp://127.0.0.1:7801
+peers:
+  - {{name: b, address: "tcp://localhost:{is_open}"}}
+  - {{name: c, address: "tcp://127.0.0.1:{is_shut}"}}
+  - {{name: d, address: "ipc://{tmp_path}/gone"}}
+insecure: true
+dns: {{name: 127.0.0.1, port: {is_open}}}
+""",
+        )
+        said = run("peers", "check", "--connect", "--seconds", 20, path)
+    assert said.returncode == 0, said.stderr
+    assert re.findall(r"^(\d/\d) +(\S+) (\S+)", said.stdout, re.MULTILINE) == [
+        ("1/4", f"tcp://localhost:{is_open}", "open"),
+        ("2/4", f"tcp://127.0.0.1:{is_shut}", "refused"),
+        ("3/4", f"ipc://{tmp_path}/gone", "refused"),
+        ("4/4", f"tcp://127.0.0.1:{is_open}", "open"),
+    ]
+    assert re.search(r"^connected +to 2 of 4$", said.stdout, re.MULTILINE)
+
+
+# --- its parts ---
+
+
+def test_what_does_not_answer_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object) -> socket.socket:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    reached = reachable("tcp://10.0.0.1:1", 2.0)
+    assert (reached.reach, reached.detail) == (Reach.UNREACHABLE, "no answer in 2 s")
+
+
+def test_a_host_that_nobody_knows_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> socket.socket:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", unknown)
+    reached = reachable("tcp://node-b:1", 2.0)
+    assert (reached.reach, reached.detail) == (Reach.UNREACHABLE, "Name or service not known")
+
+
+def test_a_socket_in_the_file_system(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        assert reachable(f"ipc://{tmp_path}/s", 2.0).reach is Reach.REFUSED
+        server.listen()
+        assert reachable(f"ipc://{tmp_path}/s", 2.0).reach is Reach.OPEN
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "0 bytes"),
+        (1, "1 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1 KiB"),
+        (64 << 20, "64 MiB"),
+        (3 << 29, "1.5 GiB"),
+        (1 << 49, "512 TiB"),
+        ((1 << 50) - 1, "1024 TiB"),
+    ],
+)
+def test_sizes_in_human_units(count: int, said: str) -> None:
+    assert size(count) == said
