@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 from .config import Config
 from .errors import ConfigError
 from .kernels.pages import PageSegments
+from .peering import Peering
 from .storage.admission import Admission, All, MinimumPrefix, SecondTouch
 from .storage.base import NO_LIMITS, Below, CheckReport, Limits, Tier, TierStats
 from .storage.chain import CLOSE_SECONDS, Chain
@@ -139,11 +140,33 @@ def _segments(memory: Memory, *, writable: bool) -> PageSegments:
 
 
 def open_chain(config: Config) -> Chain:
-    """Open the tiers that the settings ask for.
+    """Open the tiers that the settings ask for, and the way to other nodes.
 
     Raises:
         ConfigError: names the setting that cannot be used.
     """
+    with ExitStack() as undo:
+        upper, lower = open_tiers(config)
+        for tier in (upper, lower):
+            if tier is not None:
+                undo.callback(tier.close)
+        peers = None
+        if config.peers is not None:
+            peers = Peering(config, config.peers)
+            undo.callback(peers.close)
+        chain = Chain(
+            upper,
+            lower,
+            admission=admission_of(config),
+            promotion=config.disk.promotion,
+            peers=peers,
+        )
+        undo.pop_all()
+    return chain
+
+
+def open_tiers(config: Config) -> tuple[SlabTier | None, SlabTier | None]:
+    """This node's own tiers: memory and disk. Raises: ConfigError, also where there is neither."""
     with ExitStack() as undo:
         lower = _open_disk(config)
         if lower is not None:
@@ -155,11 +178,8 @@ def open_chain(config: Config) -> Chain:
                 "/dev/shm is too small for a CPU tier of automatic size, and disk.size is 0; "
                 "make it larger (--shm-size, or --ipc=host) or give a size",
             )
-        if upper is not None:
-            undo.callback(upper.close)
-        chain = Chain(upper, lower, admission=_admission(config), promotion=config.disk.promotion)
         undo.pop_all()
-    return chain
+    return upper, lower
 
 
 def _open_disk(config: Config) -> SlabTier | None:
@@ -192,7 +212,7 @@ def _open_cpu(config: Config, lower: SlabTier | None) -> SlabTier | None:
         eviction=config.cpu.eviction, threads=config.cpu.threads, huge_pages=config.cpu.huge_pages
     )
     place = Place(directory, memory=True, path_setting="cpu.path", size_setting="cpu.size")
-    below = Below.NEVER if lower is None else _admission(config).below(1 << 30, 1)
+    below = Below.NEVER if lower is None else admission_of(config).below(1 << 30, 1)
     tier = SlabTier(place, size, settings, name="cpu", below=below)
     mount = filesystem.mount_of(directory)
     if mount.kind not in filesystem.MEMORY:
@@ -206,7 +226,7 @@ def _open_cpu(config: Config, lower: SlabTier | None) -> SlabTier | None:
     return tier
 
 
-def _admission(config: Config) -> Admission:
+def admission_of(config: Config) -> Admission:
     disk = config.disk
     chosen: Admission = SecondTouch() if disk.admission == "second-touch" else All(disk.mode)
     return MinimumPrefix(disk.minimum_prefix, chosen) if disk.minimum_prefix else chosen

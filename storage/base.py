@@ -239,3 +239,15 @@ class UpperTier(Tier):
         below: Below | None = None,
     ) -> list[Stored]:
         """As `Tier.put`. Args: below: None means what the tier was made with."""
+
+
+class OuterTier(Tier):
+    """Pages of other nodes: asked last, and never put to. `put` refuses, `remove` and `clear` leave them there."""
+
+    @abstractmethod
+    def wanted(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of the pages that it has just delivered are to be kept on this node, too."""
+
+    @abstractmethod
+    def announce(self, keys: Sequence[bytes]) -> None:
+        """These pages are on this node now; none: some were cleared. Never waits, and never fails."""

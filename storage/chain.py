@@ -3,6 +3,7 @@
     put      upper tier; from there to the lower one in the background (keeper.py)
              what the upper one does not take goes to the lower one at once
     get      upper tier, then the lower one; what that one had goes up again, by the promotion policy
+             then other nodes, if there are any; what they had is kept here, by the policy of keeping
     exists   in any of them
 
 This is the one place where a tier's failure becomes a miss. It is counted by tier and reason, and
@@ -27,6 +28,7 @@ from .base import (
     CheckReport,
     Limits,
     Lookup,
+    OuterTier,
     Stored,
     Tier,
     TierStats,
@@ -50,6 +52,7 @@ Promotion = Literal["always", "second-hit", "never"]
 CALL_SECONDS = 10.0  # that a read without a limit of its own may take, as tiers have it
 LOOKUP_SECONDS = 1.0  # that a lookup may take, of however many pages
 FAIR_SECONDS = 0.9  # in which any tier that works delivers a page
+KEEP_SECONDS = 1.0  # that keeping what came from other nodes may hold a read up
 GRACE_SECONDS = 1.0  # for what was begun just before a limit
 CLOSE_SECONDS = 30.0  # longest that close spends on writing what still waits
 
@@ -76,13 +79,14 @@ _NOT_STORED = {
 
 
 class Chain:
-    """One or two tiers.
+    """One or two tiers of this node, and the other nodes.
 
     Args:
         upper: gets what is put, and tells the keeper what the lower one is to get.
         lower: outlives the machine.
         admission: what the lower tier gets, and when.
         promotion: which of the pages that the lower tier delivers go up again.
+        peers: asked last, and told what is put here.
     """
 
     def __init__(
@@ -92,13 +96,15 @@ class Chain:
         *,
         admission: Admission | None = None,
         promotion: Promotion = "always",
+        peers: OuterTier | None = None,
     ) -> None:
         self.faults = Faults()
         self._upper = upper
         self._lower = lower
-        self.tiers: list[Tier] = [tier for tier in (upper, lower) if tier is not None]
-        if not self.tiers:
-            raise ValueError("a chain needs a tier")
+        self._peers = peers
+        if upper is None and lower is None:
+            raise ValueError("a chain needs a tier of this node")
+        self.tiers: list[Tier] = [tier for tier in (upper, lower, peers) if tier is not None]
         self.rates = {tier.name: Rate() for tier in self.tiers}  # of bytes read
         self._overdue = {tier.name: Overdue() for tier in self.tiers}
         self._admission = admission or All()
@@ -179,6 +185,8 @@ class Chain:
                 held[i] = True
             if tier is self._lower and self._upper is not None and hits:
                 self._promote(hits, keys, into, parent, limits)
+            elif tier is self._peers and hits:
+                self._keep(self._peers, hits, keys, into, parent)
         return held
 
     def _get_from(
@@ -258,6 +266,25 @@ class Chain:
             Below.NEVER,
         )
 
+    def _keep(
+        self,
+        peers: OuterTier,
+        hits: list[int],
+        keys: Sequence[bytes],
+        into: PageSegments,
+        parent: bytes,
+    ) -> None:
+        """Pages that came from other nodes, as if they had been computed here. They came in time; to keep them
+        is not counted to that."""
+        wanted = peers.wanted([keys[i] for i in hits])
+        chosen = [i for i, keep in zip(hits, wanted, strict=True) if keep]
+        for run in _runs(chosen):
+            before = keys[run[0] - 1] if run[0] else parent
+            kept = [keys[i] for i in run]
+            below = self._admission.below(1 << 30, 1)
+            self._put(kept, into.select(run), before, below, Limits.within(KEEP_SECONDS))
+            peers.announce(kept)
+
     def put(
         self,
         keys: Sequence[bytes],
@@ -297,6 +324,10 @@ class Chain:
             chosen = pages if len(part) == len(keys) else pages.select(part)
             outcome += self._put([keys[i] for i in part], chosen, parent, below, limits)
             parent = keys[part[-1]]
+        if self._peers is not None:  # so that others know soon
+            here = [key for key, its in zip(keys, outcome, strict=True) if its is Stored.STORED]
+            if here:
+                self._peers.announce(here)
         return outcome
 
     def _put(
@@ -366,6 +397,10 @@ class Chain:
             except TierError as error:
                 self.faults.error(error)
                 errors.append(error)
+        if self._peers is not None:
+            self._peers.announce(
+                ()
+            )  # peers must not believe in them any longer than it takes to say so
         if errors:
             raise errors[0]
         return max(counts)
@@ -454,6 +489,17 @@ def _has_failed(answer: object, was_given_time: bool) -> bool:
 def _is_late(answer: object) -> bool:
     """Whether pages of a batch were not come to, and none came."""
     return isinstance(answer, list) and _DONE.isdisjoint(answer) and not _LATE.isdisjoint(answer)
+
+
+def _runs(places: Sequence[int]) -> list[list[int]]:
+    """Places that follow each other, together."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == runs[-1][-1] + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
 
 
 def _stats(tier: Tier) -> TierStats:

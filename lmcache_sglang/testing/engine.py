@@ -63,6 +63,7 @@ class Setup:
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings of each tier
     sglang: Mapping[str, Any] = field(default_factory=dict)  # SGLang's own keys beside them
     direct: bool = False  # without SGLang's host pool
+    peers: Path | None = None  # the peer-sharing file
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -71,6 +72,7 @@ class Setup:
             "path": str(self.store),
             "cpu": {"size": self.cpu, "path": str(self.memory), **self.more.get("cpu", {})},
             "disk": {"size": self.disk, **self.more.get("disk", {})},
+            **({"peers": str(self.peers)} if self.peers else {}),
             **(
                 {"direct": {"landing": LANDING, **self.more.get("direct", {})}}
                 if self.direct

@@ -13,7 +13,7 @@ from threading import Event
 from typing import Self
 
 from ..storage.admission import Admission, All
-from ..storage.base import Below
+from ..storage.base import Below, OuterTier
 from ..storage.chain import Chain, Promotion
 from ..storage.slab.opening import Place
 from ..storage.slab.settings import SlabSettings
@@ -38,7 +38,7 @@ class TwoTiers:
     admission: Admission = field(default_factory=All)
     promotion: Promotion = "always"
 
-    def open(self) -> Chain:
+    def open(self, peers: OuterTier | None = None) -> Chain:
         lower = None
         if self.disk is not None:
             lower = SlabTier(Place(self.disk, memory=False), self.lower_bytes, AT_ONCE)
@@ -47,7 +47,7 @@ class TwoTiers:
             place = Place(self.memory, True, "cpu.path", "cpu.size")
             below = self.admission.below(1 << 30, 1) if lower else Below.NEVER
             upper = SlabTier(place, self.upper_bytes, AT_ONCE, name="cpu", below=below)
-        return Chain(upper, lower, admission=self.admission, promotion=self.promotion)
+        return Chain(upper, lower, admission=self.admission, promotion=self.promotion, peers=peers)
 
     def files(self) -> list[SmallStore]:
         """To save and to restore them."""

@@ -1,0 +1,116 @@
+"""The sockets through which this process reads from peers: lent to one read at a time, and kept for the next."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import SystemRandom
+from threading import Lock
+
+import zmq
+
+from ...errors import Reason, TierError
+from .sockets import Keys, asking
+
+IDLE_SECONDS = 60.0  # after which a connection is closed
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Where a peer answers. Attributes: key: its public one; empty: not encrypted."""
+
+    address: str
+    key: str
+
+
+@dataclass(eq=False, slots=True)
+class Connection:
+    """A socket that one read has to itself. Pass it to no other thread while it does."""
+
+    peer: Peer
+    socket: zmq.Socket[bytes]
+    used: float  # when it was last given back
+
+
+class Connections:
+    """All of one process.
+
+    Args:
+        keys: this node's.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        keys: Keys,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._context = context
+        self._keys = keys
+        self._clock = clock
+        self._lock = Lock()
+        self._idle: dict[Peer, list[Connection]] = defaultdict(list)
+        # Also numbers of a process before this one must mean nothing to a server that still sends to it.
+        self._numbers = itertools.count(SystemRandom().getrandbits(40))
+        self._is_closed = False
+
+    def number(self) -> int:
+        """Of a new request."""
+        return next(self._numbers)
+
+    def borrow(self, peer: Peer, count: int) -> list[Connection]:
+        """So many connections to a peer, for one read. Give each of them back, or end it.
+
+        Raises:
+            TierError: there are no more sockets or descriptors.
+        """
+        with self._lock:
+            idle = self._idle[peer]
+            lent = [idle.pop() for _ in range(min(count, len(idle)))]
+        try:
+            while len(lent) < count:
+                lent.append(self._connect(peer))
+        except zmq.ZMQError as error:
+            for connection in lent:
+                self.give_back(connection)
+            raise TierError("peers", Reason.IO, f"no connection can be made: {error}") from error
+        return lent
+
+    def _connect(self, peer: Peer) -> Connection:
+        socket = asking(self._context, peer.address, peer.key, self._keys)
+        return Connection(peer, socket, self._clock())
+
+    def give_back(self, connection: Connection) -> None:
+        connection.used = self._clock()
+        with self._lock:
+            if not self._is_closed:
+                self._idle[connection.peer].append(connection)
+                return
+        self.end(connection)
+
+    def end(self, connection: Connection) -> None:
+        """Close it, with whatever is still on its way."""
+        connection.socket.close(linger=0)
+
+    def tidy(self) -> None:
+        """Close those that nobody used for a while."""
+        long_ago = self._clock() - IDLE_SECONDS
+        with self._lock:
+            old = [c for each in self._idle.values() for c in each if c.used < long_ago]
+            for connection in old:
+                self._idle[connection.peer].remove(connection)
+        for connection in old:
+            self.end(connection)
+
+    def close(self) -> None:
+        """Close all that are not lent; those are when they are given back."""
+        with self._lock:
+            self._is_closed = True
+            idle = [connection for each in self._idle.values() for connection in each]
+            self._idle.clear()
+        for connection in idle:
+            self.end(connection)

@@ -1,0 +1,241 @@
+"""The agent's pages: requests go in, workers read, frames go out.
+
+`Serving` says whose turn it is, `Staging` what could be read ahead when it is nobody's; here are the workers, the
+buffers and the rate. All is called by the thread that owns the socket, but for what a worker does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+import zmq
+
+from ...kernels.pages import PageSegments
+from ..base import Limits
+from .bucket import Bucket
+from .frames import Frames, Outgoing, SendBuffer, SendPool, Sent, frame_checksums
+from .messages import Cancel, Credit, Expect, Get, Why, Without, split_keys
+from .serving import BATCH_BYTES, Batch, Passed, Serving
+from .staging import STAGE_BYTES, Expected, Staging
+
+UNIT = 2 << 20  # bytes; memory is lent in multiples of it
+READERS = 2  # threads
+READ_SECONDS = 10.0  # that a batch may take to be read
+
+
+class Pages(Protocol):
+    """Where pages come from: a chain."""
+
+    def get(
+        self, keys: Sequence[bytes], into: PageSegments, *, parent: bytes = b"", limits: Limits
+    ) -> list[bool]: ...
+
+
+class NoPages:
+    """Of a node that only reads."""
+
+    def get(
+        self, keys: Sequence[bytes], into: PageSegments, *, parent: bytes = b"", limits: Limits
+    ) -> list[bool]:
+        return [False] * len(keys)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What a worker made of a batch. Attributes: came: of each page whether it is in `frames`."""
+
+    batch: Batch
+    frames: Frames
+    came: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadAhead:
+    """A worker has done what was expected."""
+
+
+class PageServer:
+    """Answers requests for pages.
+
+    Args:
+        memory: bytes for pages on their way; no page larger than that is sent.
+        rate: bytes a second; 0: no limit.
+    """
+
+    def __init__(
+        self,
+        pages: Pages,
+        serving: Serving,
+        staging: Staging,
+        memory: int,
+        rate: int,
+        now: float,
+    ) -> None:
+        self._pages = pages
+        self._serving = serving
+        self._staging = staging
+        self._largest = max(UNIT, memory // UNIT * UNIT)  # all that can be lent at once
+        self._pool = SendPool(self._largest)
+        serving.batch_most = min(BATCH_BYTES, self._largest)
+        staging.part_most = min(STAGE_BYTES, self._largest)
+        self._bucket = Bucket(rate, now)
+        self._workers = ThreadPoolExecutor(READERS, thread_name_prefix="lmcache-serve")
+        self._busy = 0
+        self._done: SimpleQueue[Future[_Read | _ReadAhead]] = SimpleQueue()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._unsent: list[_Read] = []  # to who takes no more now; tried again at the next turn
+        self.sent = 0  # bytes
+
+    @property
+    def filenos(self) -> tuple[int, ...]:
+        """What to wait for: then there is work."""
+        return self._bell, self._pool.fileno()
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that are on their way out."""
+        return self._pool.bytes_lent
+
+    def set_limits(self, rate: int, per_route: int) -> None:
+        """As the settings are now."""
+        self._bucket.rate = rate
+        self._serving.per_route = per_route
+
+    def wait(self, now: float) -> float:
+        """Seconds until the rate allows more; for all else there is a bell."""
+        wait = self._bucket.wait(now)
+        return wait if wait and len(self._serving) else float("inf")
+
+    def asked(
+        self, route: bytes, message: Get | Credit | Cancel | Expect, now: float
+    ) -> Iterator[Passed]:
+        """A message of an engine. Raises: NotUnderstoodError."""
+        match message:
+            case Get():
+                yield from self._serving.get(route, message, self._largest, now)
+            case Credit():
+                self._serving.credit(route, message, now)
+            case Cancel():
+                self._serving.cancel(route, message)
+            case Expect():
+                self._staging.expect(Expected(split_keys(message.keys), message.length))
+
+    def gone(self, route: bytes) -> None:
+        self._serving.gone(route)
+
+    def tick(self, now: float) -> None:
+        self._serving.expire(now)
+
+    def work(self, router: zmq.Socket[bytes], now: float) -> Iterator[Passed]:
+        """Send what was read, and have read what comes next; pages that do not come are to be told of."""
+        self._pool.hear()
+        unsent, self._unsent = self._unsent, []
+        for read in (*unsent, *self._rung()):
+            yield from self._send(router, read)
+        while self._busy < READERS and not self._bucket.wait(now):
+            turn = self._serving.turn()
+            if isinstance(turn, Passed):
+                yield turn
+            elif not (self._begin(turn) if turn else self._begin_ahead()):
+                return
+
+    def close(self) -> None:
+        """Wait for the workers; each ends within a batch's time."""
+        self._workers.shutdown(cancel_futures=True)
+        os.close(self._bell)
+
+    def _rung(self) -> Iterator[_Read]:
+        """What workers have read since the last time."""
+        try:
+            os.eventfd_read(self._bell)
+        except BlockingIOError:
+            return
+        while True:
+            try:
+                future = self._done.get_nowait()
+            except Empty:
+                return
+            self._busy -= 1
+            done = future.result()
+            if isinstance(done, _Read):
+                yield done
+
+    def _begin(self, batch: Batch) -> bool:
+        """Whether there was memory for it; if not, a buffer that comes free rings."""
+        buffer = self._pool.take(batch.bytes)
+        if buffer is None:
+            return False
+        self._serving.begun(batch)
+        self._bucket.take(batch.bytes)
+        self._start(partial(self._read, batch, buffer))
+        return True
+
+    def _begin_ahead(self) -> bool:
+        """Whether there was anything to read ahead, and memory for it."""
+        expected = self._staging.next()
+        if not expected.keys:
+            return False
+        buffer = self._pool.take(expected.length * len(expected.keys))
+        if buffer is None:  # all of it is busy with what is wanted now
+            return False
+        self._start(partial(self._read_ahead, expected, buffer))
+        return True
+
+    def _start(self, job: Callable[[], _Read | _ReadAhead]) -> None:
+        self._busy += 1
+        self._workers.submit(job).add_done_callback(self._ring)
+
+    def _ring(self, future: Future[_Read | _ReadAhead]) -> None:
+        self._done.put(future)
+        os.eventfd_write(self._bell, 1)
+
+    def _read(self, batch: Batch, buffer: SendBuffer) -> _Read:
+        """On a worker's thread."""
+        request = batch.request
+        keys = request.keys[batch.first : batch.end]
+        lengths = request.lengths[batch.first : batch.end]
+        offsets = [sum(lengths[:i]) for i in range(len(lengths))]
+        places = PageSegments([buffer.address + at for at in offsets], lengths, 1, buffer)
+        came = self._pages.get(keys, places, limits=Limits.within(READ_SECONDS))
+        here = [i for i, is_here in enumerate(came) if is_here]
+        pages = [Outgoing(batch.first + i, offsets[i], lengths[i]) for i in here]
+        sums = frame_checksums(buffer, pages, [keys[i] for i in here], request.frame)
+        frames = Frames(request.route, request.number, buffer, pages, request.frame, sums)
+        return _Read(batch, frames, came)
+
+    def _read_ahead(self, expected: Expected, buffer: SendBuffer) -> _ReadAhead:
+        """On a worker's thread."""
+        self._staging.stage(expected, buffer.address)
+        return _ReadAhead()
+
+    def _send(self, router: zmq.Socket[bytes], read: _Read) -> Iterator[Passed]:
+        request = read.batch.request
+        if not request.is_over:
+            sent = read.frames.send(router)
+            if sent is Sent.FULL:
+                self._unsent.append(read)
+                return
+            if sent is not Sent.ALL:
+                self._serving.gone(request.route)
+            else:
+                self.sent += read.batch.bytes
+                yield from _without(read)
+        self._serving.done(read.batch)
+
+
+def _without(read: _Read) -> Iterator[Passed]:
+    """The pages of a batch that are not here, run by run."""
+    page = read.batch.first
+    for is_here, run in groupby(read.came):
+        count = len(list(run))
+        if not is_here:
+            without = Without(read.batch.request.number, page, count, Why.ABSENT)
+            yield Passed(read.batch.request.route, without)
+        page += count
