@@ -4,13 +4,16 @@ VENV := .venv-sglang
 BIN := $(VENV)/bin
 CPP := $(wildcard kernels/csrc/*.[ch]pp kernels/csrc/*.cu storage/csrc/*.[ch]pp)
 
-.PHONY: help demo test test-quick sanitize lint format venv bench clean
+.PHONY: help demo prefill-decode test test-quick sanitize lint format venv bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: ## a real model behind SGLang, restarted warm (MODEL=path takes another model)
 	@examples/demo/demo.sh $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+prefill-decode: venv ## a prefill engine, a decode engine and a proxy that share pages (ARGS=--help)
+	@$(BIN)/python -m examples.prefill_decode $(ARGS)
 
 test: venv ## all tests, real engines included
 	@.ci/test.sh $(BIN)/python $(ARGS)
