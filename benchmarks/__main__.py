@@ -13,8 +13,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks import copies, machine, plan, reopen, report, rounds, serving
-from benchmarks.catalog import CACHE, FAMILIES, PEERS, ROOT, SGLANG_VENV, SPECS, Places, Spec
+from benchmarks import (
+    copies,
+    environments,
+    machine,
+    plan,
+    reopen,
+    report,
+    rounds,
+    serving,
+    sharing,
+)
+from benchmarks.catalog import CACHE, FAMILIES, PEERS, ROOT, SPECS, Places, Spec
 from benchmarks.crew import CouldNotRun, Crew, Size
 from benchmarks.results import Grown, Results
 
@@ -41,6 +51,8 @@ examples:
   make bench ARGS=--serving                      about 6 minutes: what a store costs a real SGLang engine; its
                                                  tables are added to those that are there
   make bench ARGS=--copies                       about 6 minutes: copies between layouts beside memcpy and torch
+  make bench ARGS=--sharing                      about 6 minutes: pages of another process over TCP; more options:
+                                                 python -m benchmarks.sharing --help
   python -m benchmarks --report                  tables and plot again from results.json
 
 The machine should do nothing else. Rounds are interleaved and ratios are taken within a round, so noise
@@ -62,6 +74,10 @@ def main() -> int:
 
     if options.copies:
         copies.run(options.rounds or chosen.rounds, copies.THREADS, options.out, say)
+        return 0
+    if options.sharing:
+        sizes = sharing.QUICK_SIZES if options.mode == "quick" else sharing.SIZES
+        sharing.run(sizes, options.rounds or chosen.rounds, sharing.FAMILIES, options.out, say)
         return 0
     if options.serving:
         _serve(options, chosen.rounds, results_file, say)
@@ -160,7 +176,7 @@ def _installed(specs: list[Spec], results: Results, say: rounds.Say) -> list[Spe
     missing: dict[str, str] = {}
     for peer in PEERS:
         if any(spec.venv == peer for spec in specs):
-            reason = _make_venv(peer)
+            reason = environments.make(peer)
             if reason:
                 missing[peer] = reason
                 say(f"{peer}: {reason}")
@@ -170,21 +186,10 @@ def _installed(specs: list[Spec], results: Results, say: rounds.Say) -> list[Spe
     return [spec for spec in specs if spec.venv not in missing]
 
 
-def _make_venv(name: str) -> str | None:
-    """Make an environment unless it is there; why it could not be made."""
-    script = ROOT / "benchmarks" / "peers" / "make_venv.sh"
-    command = [str(script), name, str(CACHE / name), str(SGLANG_VENV)]
-    done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.strip().splitlines()
-    return next((line for line in lines if line.startswith("ERROR")), lines[-1])
-
-
 def _write(results: Results, out: Path) -> None:
     """Tables and plot."""
     (out / "README.md").write_text(report.markdown(results))
-    reason = _make_venv("plot")
+    reason = environments.make("plot")
     if reason:
         print(f"no plot: {reason}", file=sys.stderr)
         return
@@ -263,6 +268,11 @@ def _parser() -> argparse.ArgumentParser:
         "--serving",
         action="store_true",
         help="measure a real engine with and without a store, only",
+    )
+    parser.add_argument(
+        "--sharing",
+        action="store_true",
+        help="measure how pages of another process come over TCP, only",
     )
     parser.add_argument(
         "--report", action="store_true", help="measure nothing, write tables and plot"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.subjects import cpu_seconds
 from benchmarks.subjects.base import (
     Batch,
     InThreads,
@@ -145,6 +146,11 @@ class Worker:
         self._subject.forget(self._batches)
         self._batches = []
         return {}
+
+    def spent(self) -> Message:
+        """Processor seconds so far: of this process, and of the subject's servers."""
+        servers = sum(cpu_seconds.of_tree(each.pid) for each in self._service.processes)
+        return {"worker": cpu_seconds.of_process(os.getpid()), "servers": servers}
 
     def grow(self, medium: str, directory: str, count: int) -> Message:
         from benchmarks import growth  # imports our store, which a peer's environment lacks

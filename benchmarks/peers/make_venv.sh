@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Makes the environment of one peer, or of the plot:
 #
-#     benchmarks/peers/make_venv.sh nixl|mooncake|lmcache|plot DIR SGLANG_VENV
+#     benchmarks/peers/make_venv.sh nixl|mooncake|lmcache|peercache|plot DIR SGLANG_VENV
 #
 # DIR is made new when its list of packages has changed; else this returns at once. Everything is pinned
 # and installed without dependencies, since those name CUDA builds of several gigabytes. pip's output is
 # in DIR/make_venv.log.
 set -euo pipefail
 
-[ $# -eq 3 ] || { echo "usage: $0 nixl|mooncake|lmcache|plot DIR SGLANG_VENV" >&2; exit 2; }
+[ $# -eq 3 ] || { echo "usage: $0 nixl|mooncake|lmcache|peercache|plot DIR SGLANG_VENV" >&2; exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)
 name=$1
 venv=$2
