@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,15 @@ from benchmarks.subjects import ours
 from benchmarks.subjects.base import addresses, arena
 from lmcache_sglang.storage.base import NAMESPACE_BYTES, PAGE_HASH_BYTES
 from lmcache_sglang.storage.peers import tags as sets
-from lmcache_sglang.storage.peers.directory import EVERYBODY, Directory, DirectoryView
+from lmcache_sglang.storage.peers.directory import (
+    EVERYBODY,
+    Directory,
+    DirectoryView,
+    PeerRecord,
+)
+from lmcache_sglang.storage.peers.keys import NO_KEYS
+from lmcache_sglang.storage.peers.standing import Standing
+from lmcache_sglang.storage.peers.tier import HEAD, PeerLimits, PeerTier
 
 MEMORY = Path("/dev/shm")
 BATCHES = (1, 16, 128, 4096)
@@ -76,6 +84,14 @@ def _directory(folder: Path, peers: int, pages: int, *, shared: bool) -> None:
         _show(name, view.exists, _keys_of(sample), True)
         _show(f"{name}, holders", lambda keys: _asked(view, keys), _keys_of(sample), True)
         _show("misses beside them", view.exists, _keys_of(os.urandom(len(sample))), False)
+        with closing(PeerTier(folder, NO_KEYS, PeerLimits())) as tier:
+
+            def ask(keys: list[bytes]) -> list[bool]:
+                directory.beat()
+                return tier.exists(keys)
+
+            _show("hits, as a chain asks its tier", ask, _keys_of(sample), True)
+            _show("misses, the same", ask, _keys_of(os.urandom(len(sample))), False)
         stats = directory.stats()
         print(
             f"  {stats.live:,} words, {stats.live / stats.words:.0%} of {stats.bytes / 1e9:.2f} GB, "
@@ -89,8 +105,8 @@ def _directory(folder: Path, peers: int, pages: int, *, shared: bool) -> None:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[tuple[Directory, DirectoryView]]:
-    directory = Directory.create(folder / "peers", MOST_BYTES)
-    view = DirectoryView(folder / "peers", silent_seconds=3600)
+    directory = Directory.create(folder / HEAD, MOST_BYTES)
+    view = DirectoryView(folder / HEAD, silent_seconds=3600)
     try:
         yield directory, view
     finally:
@@ -110,6 +126,8 @@ def _fill(directory: Directory, peers: int, pages: int, shared: bool) -> bytes:
             directory.put(peer, tags)
             start = peer * share % max(1, len(tags) - share) // sets.TAG_BYTES * sets.TAG_BYTES
             sample += tags[start : start + share]
+        record = PeerRecord(f"peer-{peer}", f"tcp://127.0.0.1:{1 + peer}", b"", Standing.LIVE, 1, 1)
+        directory.set_record(peer, record)
         directory.believe(peer)
     return sample
 

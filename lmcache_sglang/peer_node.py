@@ -15,7 +15,7 @@ from .config import Config
 from .errors import ConfigError, TierError
 from .hicache.namespaces import Namespaces
 from .peer_file import Changed, PeerFile, Refused
-from .peering import keys_of, made_folder
+from .peering import made_folder
 from .storage.chain import Chain
 from .storage.peers.advice import advice
 from .storage.peers.agent import Agent, Parts
@@ -23,6 +23,7 @@ from .storage.peers.auth import Doorkeeper
 from .storage.peers.directory import HEADS_BYTES, Directory
 from .storage.peers.holdings import Holdings
 from .storage.peers.holdings_watch import HoldingsWatch
+from .storage.peers.keys import NO_KEYS
 from .storage.peers.link import Times
 from .storage.peers.membership import Known, Membership
 from .storage.peers.messages import NAMESPACES_MOST
@@ -101,7 +102,7 @@ class PeerNode:
             self._undo = undo.pop_all()
 
     def _make(self, config: Config, settings: PeerSettings, undo: ExitStack) -> None:
-        folder, keys = made_folder(config), keys_of(settings)
+        folder, keys = made_folder(config), settings.key or NO_KEYS
         self._upper, self._lower = open_tiers(config)
         self._promotes = config.disk.promotion != "never"
         # Its keeper may be the one that does the node's background work, by the node's own policy.
@@ -129,9 +130,8 @@ class PeerNode:
     def _page_server(self, chain: Chain, settings: PeerSettings) -> PageServer:
         limits = settings.limits
         serving = Serving(self._shared, limits.requests)
-        below = (
-            self._lower if self._promotes else None
-        )  # else nothing is brought up for peers either
+        # Where nothing is promoted for this node's engines, nothing is for peers either.
+        below = self._lower if self._promotes else None
         staging = Staging(self._upper, below, self._shared)
         memory, rate = int(limits.in_flight), int(limits.bandwidth)
         return PageServer(chain, serving, staging, memory, rate, time.monotonic())
@@ -173,12 +173,18 @@ class PeerNode:
         return settings.known + [Known(each, dns.key) for each in sorted(watch.addresses)]
 
     def _follow_name(self, dns: DnsName | None) -> None:
-        if self._names is not None:
-            self._names.close()
+        before = self._names
+        if before is not None:
+            before.close()
         self._names = None
         if dns is not None:
-            self._names = NameWatch(dns.name, dns.port, dns.every, lambda _: self._named.set())
+            known = before.addresses if before and before.is_of(dns.name, dns.port) else frozenset()
+            self._names = NameWatch(dns.name, dns.port, dns.every, self._on_names, known)
             self._names.start()
+
+    def _on_names(self, _: frozenset[str]) -> None:
+        """On the watch's thread."""
+        self._named.set()
 
     @property
     def addresses(self) -> list[str]:
@@ -216,7 +222,7 @@ class PeerNode:
         if self._doorkeeper is not None:
             self._doorkeeper.allowed = settings.allowed
         node = self._agent.node
-        if settings.dns != self._settings.dns:
+        if _asked(settings.dns) != _asked(self._settings.dns):
             self._follow_name(settings.dns)
         node.membership.configure(self._known(settings), settings.allowed, limits.peers)
         node.set_times(Times(limits.ping, limits.silence))
@@ -230,6 +236,11 @@ class PeerNode:
         self._watch.close()
         self._agent.forget_holdings()
         self._watch = self._watched()
+
+
+def _asked(dns: DnsName | None) -> tuple[str, int, float] | None:
+    """What is looked up; another key of the nodes there is none of the look-up's business."""
+    return None if dns is None else (dns.name, dns.port, dns.every)
 
 
 def _directory(path: Path, most: int) -> Directory:

@@ -13,8 +13,8 @@ from .config import Config
 from .errors import ConfigError
 from .peer_file import Changed, PeerFile
 from .peer_guardian import Guardian
+from .storage.peers.keys import NO_KEYS
 from .storage.peers.settings import PeerSettings
-from .storage.peers.sockets import Keys
 from .storage.peers.tier import PeerLimits, PeerTier
 from .storage.peers.told import Teller
 
@@ -48,11 +48,6 @@ def made_folder(config: Config) -> Path:
     return folder
 
 
-def keys_of(settings: PeerSettings) -> Keys:
-    """This node's keys, as sockets want them."""
-    return Keys() if settings.key is None else Keys(settings.key.public, settings.key.secret)
-
-
 def limits_of(settings: PeerSettings) -> PeerLimits:
     limits = settings.limits
     return PeerLimits(
@@ -80,7 +75,7 @@ class Peering(PeerTier):
             undo.callback(self._guardian.close)
             teller = Teller(folder)
             undo.callback(teller.close)
-            super().__init__(folder, keys_of(settings), limits_of(settings), teller.tell)
+            super().__init__(folder, settings.key or NO_KEYS, limits_of(settings), teller.tell)
             self._undo = undo.pop_all()
         self._stop = Event()
         self._watch = Thread(

@@ -276,12 +276,12 @@ class Chain:
     ) -> None:
         """Pages that came from other nodes, as if they had been computed here. They came in time; to keep them
         is not counted to that."""
+        below = self._admission.below(1 << 30, 1)
         wanted = peers.wanted([keys[i] for i in hits])
         chosen = [i for i, keep in zip(hits, wanted, strict=True) if keep]
         for run in _runs(chosen):
             before = keys[run[0] - 1] if run[0] else parent
             kept = [keys[i] for i in run]
-            below = self._admission.below(1 << 30, 1)
             self._put(kept, into.select(run), before, below, Limits.within(KEEP_SECONDS))
             peers.announce(kept)
 
@@ -398,9 +398,7 @@ class Chain:
                 self.faults.error(error)
                 errors.append(error)
         if self._peers is not None:
-            self._peers.announce(
-                ()
-            )  # peers must not believe in them any longer than it takes to say so
+            self._peers.announce(())  # others must not believe in them for longer than that takes
         if errors:
             raise errors[0]
         return max(counts)

@@ -8,17 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from lmcache_sglang import Config, Store
 from lmcache_sglang.errors import ConfigError
+from lmcache_sglang.peer_guardian import Guardian
 from lmcache_sglang.peering import Peering, folder_of
-from lmcache_sglang.storage.peers.keys import KeyPair
 from lmcache_sglang.testing.server import free_port
 from lmcache_sglang.testing.tier_suite import (
     OTHER_NAMESPACE,
@@ -27,74 +26,63 @@ from lmcache_sglang.testing.tier_suite import (
     bytes_of,
     some_keys,
 )
+from lmcache_sglang.testing.two_nodes import Node, make_node
 from lmcache_sglang.testing.waiting import wait_until
 
 SIZE = 64 << 10
 KEYS = some_keys(12)
 
 
-@dataclass
+QUICK = {"ping": 0.2, "silence": 1.0}
+
+
+@dataclass(frozen=True)
 class Site:
-    """A node's files."""
+    """A node, and where its store lies."""
 
-    folder: Path
+    node: Node
     memory: Path
-    name: str
-    keys: KeyPair = field(default_factory=KeyPair.new)
-    port: int = field(default_factory=free_port)
 
     @property
-    def address(self) -> str:
-        return f"tcp://127.0.0.1:{self.port}"
-
-    @property
-    def file(self) -> Path:
-        return self.folder / f"{self.name}.yaml"
+    def name(self) -> str:
+        return self.node.name
 
     def write(self, *peers: Site, **settings: Any) -> None:
         """The peer-sharing file."""
-        secret = self.folder / f"{self.name}.key_secret"
-        if not secret.exists():
-            public = f'public-key = "{self.keys.public}"\n'
-            secret.touch(0o600)
-            secret.write_text(f'{public}secret-key = "{self.keys.secret}"\n')
-        listed = [{"name": p.name, "address": p.address, "key": p.keys.public} for p in peers]
-        content = {"name": self.name, "listen": self.address, "key": secret.name, "peers": listed}
-        limits = {"ping": 0.2, "silence": 1.0}
-        new = self.file.with_suffix(".new")
-        new.write_text(yaml.safe_dump({**content, "limits": limits, **settings}))
-        new.replace(self.file)
+        self.node.write([peer.node for peer in peers], **{"limits": QUICK, **settings})
 
     @property
     def config(self) -> Config:
         return Config.of(
             {
-                "path": str(self.folder / self.name),
+                "path": str(self.node.folder / self.name),
                 "cpu": {"size": "32MiB", "path": str(self.memory / self.name)},
                 "disk": {"size": 0},
-                "peers": str(self.file),
+                "peers": str(self.node.file),
             }
         )
 
-    def agent(self) -> int:
-        """The process that answers for it."""
-        found = subprocess.run(
-            ["pgrep", "-f", "lmcache_sglang.peer_agent", "-P", str(os.getpid())],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return next(pid for pid in map(int, found.stdout.split()) if self._is_at(pid))
 
-    def _is_at(self, pid: int) -> bool:
-        maps = Path(f"/proc/{pid}/maps").read_text()
-        return str(folder_of(self.config)) in maps
+def guardian_of(store: Store) -> Guardian:
+    peering = store._chain.tiers[-1]
+    assert isinstance(peering, Peering)
+    return peering._guardian
+
+
+def agent_of(store: Store) -> int:
+    """The process that answers for its node."""
+    agent = guardian_of(store)._agent
+    assert agent is not None
+    return agent.pid
 
 
 @pytest.fixture
 def sites(tmp_path: Path, shared_memory: Path) -> list[Site]:
     """Two that know each other, and one that they do not know."""
-    a, b, c = (Site(tmp_path, shared_memory, name) for name in "abc")
+    a, b, c = (
+        Site(make_node(tmp_path, name, f"tcp://127.0.0.1:{free_port()}"), shared_memory)
+        for name in "abc"
+    )
     a.write(b)
     b.write(a)
     c.write(a, b)
@@ -176,7 +164,7 @@ def test_a_node_that_is_allowed_later_needs_no_restart(
     site, _, newcomer = sites
     a, c = opened(site), opened(newcomer)
     put(a)
-    site.write(allow=[newcomer.keys.public])
+    site.write(allow=[newcomer.node.public])
     wait_until(knows(c))
     assert read(c) == [True] * len(KEYS)
 
@@ -187,12 +175,12 @@ def test_an_agent_that_was_killed_is_started_again(
     a, b = opened(sites[0]), opened(sites[1])
     put(a, KEYS[:4])
     wait_until(knows(b, KEYS[:4]))
-    first = sites[0].agent()
+    first = agent_of(a)
     os.kill(first, signal.SIGKILL)
     put(a)
     wait_until(knows(b))
     assert read(b) == [True] * len(KEYS)
-    assert sites[0].agent() != first
+    assert agent_of(a) != first
 
 
 def test_the_agent_ends_with_the_process_that_started_it(sites: list[Site]) -> None:
@@ -220,8 +208,8 @@ def _lives(pid: int) -> bool:
 
 def test_two_processes_of_a_node_have_one_agent(sites: list[Site]) -> None:
     with (
-        closing(Peering(sites[0].config, sites[0].file)) as first,
-        closing(Peering(sites[0].config, sites[0].file)) as second,
+        closing(Peering(sites[0].config, sites[0].node.file)) as first,
+        closing(Peering(sites[0].config, sites[0].node.file)) as second,
     ):
         assert second._guardian._agent is None
         assert first._guardian._agent is not None
@@ -233,8 +221,7 @@ def test_a_port_that_is_taken_stops_the_start(
     sites: list[Site], opened: Callable[[Site], Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened(sites[0])
-    sites[1].port = sites[0].port
-    sites[1].write()
+    sites[1].write(listen=sites[0].node.listen)
     with pytest.raises(ConfigError, match=r"listen.*give another address or port") as caught:
         Store(sites[1].config)
     assert caught.value.setting == "listen"
@@ -285,7 +272,14 @@ def test_a_dns_names_addresses_are_peers(
     sites: list[Site], opened: Callable[[Site], Store]
 ) -> None:
     a, b = sites[:2]
-    b.write(dns={"name": "localhost", "port": a.port, "key": a.keys.public, "every": 0.2})
+    b.write(
+        dns={
+            "name": "localhost",
+            "port": int(a.node.listen.rsplit(":")[-1]),
+            "key": a.node.public,
+            "every": 0.2,
+        }
+    )
     store, other = opened(b), opened(a)
     put(other)
     wait_until(knows(store))
@@ -295,8 +289,8 @@ def test_a_dns_names_addresses_are_peers(
 def test_a_seed_tells_of_the_others(sites: list[Site], opened: Callable[[Site], Store]) -> None:
     """Both know only the seed, and allow each other."""
     seed, b, c = sites
-    known = [site.keys.public for site in sites]
-    entry = {"address": seed.address, "key": seed.keys.public}
+    known = [site.node.public for site in sites]
+    entry = {"address": seed.node.listen, "key": seed.node.public}
     seed.write(allow=known)
     for site in (b, c):
         site.write(seeds=[entry], allow=known)
@@ -307,12 +301,14 @@ def test_a_seed_tells_of_the_others(sites: list[Site], opened: Callable[[Site], 
 
 
 def test_nodes_of_one_machine_meet_in_the_file_system(
-    sites: list[Site], opened: Callable[[Site], Store]
+    tmp_path: Path, shared_memory: Path, opened: Callable[[Site], Store]
 ) -> None:
-    a, b = sites[:2]
-    at_a, at_b = (f"ipc://{site.memory}/{site.name}.sock" for site in (a, b))
-    a.write(listen=at_a, key=None, peers=[{"name": b.name, "address": at_b}])
-    b.write(listen=at_b, key=None, peers=[{"name": a.name, "address": at_a}])
+    a, b = (
+        Site(make_node(tmp_path, name, f"ipc://{shared_memory}/{name}.sock"), shared_memory)
+        for name in "ab"
+    )
+    for site, other in ((a, b), (b, a)):
+        site.node.write([other.node], encrypted=False, limits=QUICK)
     first, second = opened(a), opened(b)
     put(first)
     wait_until(knows(second))
@@ -324,7 +320,7 @@ def test_who_is_no_longer_allowed_gets_no_more_pages(
 ) -> None:
     """Not even over a connection that it has."""
     a, b = sites[:2]
-    b.write(a, keep="never", limits={"ping": 0.2, "silence": 1.0, "deadline": 1.0})
+    b.write(a, keep="never", limits={**QUICK, "deadline": 1.0})
     first, second = opened(a), opened(b)
     put(first)
     wait_until(knows(second))
@@ -337,7 +333,7 @@ def test_little_memory_for_sending_is_enough_for_pages_that_fit(
     sites: list[Site], opened: Callable[[Site], Store]
 ) -> None:
     a, b = sites[:2]
-    a.write(b, limits={"ping": 0.2, "silence": 1.0, "in_flight": "3MiB"})
+    a.write(b, limits={**QUICK, "in_flight": "3MiB"})
     first, second = opened(a), opened(b)
     put(first)
     wait_until(knows(second))
@@ -350,7 +346,7 @@ def test_a_file_that_cannot_be_read_any_more_changes_nothing(
     a, b = sites[:2]
     first, second = opened(a), opened(b)
     for broken in ("name: 2026-13-45\n", "[", "name: [", "\0"):
-        a.file.write_text(broken)
+        a.node.file.write_text(broken)
         put(first, KEYS[:1])
     put(first)
     wait_until(knows(second))

@@ -16,14 +16,14 @@ from benchmarks.subjects.sharing import Getter, Holder
 from lmcache_sglang.kernels.pages import PageSegments
 from lmcache_sglang.storage.base import Lookup, page_key
 from lmcache_sglang.storage.peers.directory import Directory, PeerRecord
-from lmcache_sglang.storage.peers.sockets import Keys
+from lmcache_sglang.storage.peers.keys import NO_KEYS, KeyPair
 from lmcache_sglang.storage.peers.standing import Standing
 from lmcache_sglang.storage.peers.tags import tags_of
 from lmcache_sglang.storage.peers.tier import HEAD, PeerLimits, PeerTier
 from lmcache_sglang.storage.slab.opening import Place
 from lmcache_sglang.storage.slab.settings import SlabSettings
 from lmcache_sglang.storage.slab.tier import SlabTier
-from lmcache_sglang.testing.loopback_node import LoopbackNode, Ways, new_keys
+from lmcache_sglang.testing.loopback_node import LoopbackNode, Ways
 
 SPARE = 1.3  # times the pages' bytes
 
@@ -38,7 +38,9 @@ class OursHolder(Holder):
         self._folder = Path(tempfile.mkdtemp(dir=options.directory))
         size = int(options.pages * options.page_bytes * SPARE) + (256 << 20)
         self._tier = SlabTier(Place(self._folder / "cpu", True), size, SlabSettings(), name="cpu")
-        keys, self._getter = (new_keys(), new_keys()) if self.encrypted else (Keys(), Keys())
+        keys, self._getter = (
+            (KeyPair.new(), KeyPair.new()) if self.encrypted else (NO_KEYS, NO_KEYS)
+        )
         allowed = frozenset({self._getter.public}) if self.encrypted else frozenset[str]()
         ways = Ways(streams=options.threads)
         self._node = LoopbackNode(self._folder, self._tier, keys=keys, allowed=allowed, ways=ways)
@@ -81,7 +83,7 @@ class Ours(Getter):
         self._folder = Path(tempfile.mkdtemp(dir=options.directory))
         self._directory = Directory.create(self._folder / HEAD, 64 << 20)
         self._tell_of(options.service)
-        keys = Keys(options.service["public"], options.service["secret"])
+        keys = KeyPair(options.service["public"], options.service["secret"])
         limits = PeerLimits(deadline=60.0, streams=options.threads)
         self._tier = PeerTier(self._folder, keys, limits)
         self._calls: dict[bytes, _Call] = {}

@@ -18,12 +18,12 @@ from ..storage.peers.auth import Doorkeeper
 from ..storage.peers.directory import Directory
 from ..storage.peers.holdings import Holdings
 from ..storage.peers.holdings_watch import HoldingsWatch
+from ..storage.peers.keys import NO_KEYS, KeyPair
 from ..storage.peers.link import Times
 from ..storage.peers.membership import Known, Membership
 from ..storage.peers.node import Identity
 from ..storage.peers.page_server import NoPages, PageServer
 from ..storage.peers.serving import Serving
-from ..storage.peers.sockets import Keys
 from ..storage.peers.staging import Staging
 from ..storage.peers.tier import HEAD, PeerLimits, PeerTier
 from ..storage.peers.told import Teller, Told
@@ -31,12 +31,6 @@ from ..storage.slab.tier import SlabTier
 
 DIRECTORY_BYTES = 64 << 20
 JOIN_SECONDS = 30.0
-
-
-def new_keys() -> Keys:
-    """A pair that nobody else has."""
-    public, secret = zmq.curve_keypair()
-    return Keys(public.decode(), secret.decode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +66,7 @@ class LoopbackNode:
         *,
         name: str = "node",
         peers: Iterable[Known] = (),
-        keys: Keys = Keys(),  # noqa: B008  # frozen
+        keys: KeyPair = NO_KEYS,
         allowed: frozenset[str] = frozenset(),
         ways: Ways = Ways(),  # frozen
         listen: str = "tcp://127.0.0.1:0",

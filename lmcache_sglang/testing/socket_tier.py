@@ -9,13 +9,13 @@ from threading import Lock
 
 from ..kernels.pages import PageSegments
 from ..storage.base import NO_LIMITS, CheckReport, Limits, Lookup, Stored, Tier, TierStats
+from ..storage.peers.keys import NO_KEYS, KeyPair
 from ..storage.peers.membership import Known
-from ..storage.peers.sockets import Keys
 from ..storage.peers.told import Teller
 from ..storage.slab.opening import Place
 from ..storage.slab.settings import SlabSettings
 from ..storage.slab.tier import SlabTier
-from .loopback_node import LoopbackNode, new_keys
+from .loopback_node import LoopbackNode
 from .waiting import wait_until
 
 
@@ -30,7 +30,7 @@ class SocketTier(Tier):
     name = "peers"
 
     def __init__(self, folder: Path, capacity: int, *, encrypted: bool = False) -> None:
-        theirs, ours = (new_keys(), new_keys()) if encrypted else (Keys(), Keys())
+        theirs, ours = (KeyPair.new(), KeyPair.new()) if encrypted else (NO_KEYS, NO_KEYS)
         allowed = frozenset({theirs.public, ours.public} if encrypted else set[str]())
         for each in ("there", "here"):
             (folder / each).mkdir(parents=True, exist_ok=True)

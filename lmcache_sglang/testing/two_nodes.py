@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-import zmq
-import zmq.auth
 
 from ..config import Config
 from ..peering import folder_of
 from ..storage.base import NAMESPACE_BYTES, PAGE_HASH_BYTES
 from ..storage.peers.directory import DirectoryView
 from ..storage.peers.holdings import Holdings
+from ..storage.peers.keys import KeyFiles, KeyPair, public_key
 from ..storage.peers.messages import TAG_BYTES
 from ..storage.peers.tier import HEAD
 from ..storage.slab.tier import SlabTier
@@ -43,13 +42,16 @@ class Node:
         return self.folder / f"{self.name}.yaml"
 
     @property
+    def keys(self) -> KeyFiles:
+        return KeyFiles.of(self.folder, self.name)
+
+    @property
     def secret(self) -> Path:
-        return self.folder / f"{self.name}.key_secret"
+        return self.keys.secret
 
     @property
     def public(self) -> str:
-        key, _ = zmq.auth.load_certificate(self.folder / f"{self.name}.key")
-        return key.decode()
+        return public_key(str(self.keys.public))
 
     def entry(self, *, encrypted: bool = True) -> dict[str, str]:
         """As another node's file names it."""
@@ -71,10 +73,9 @@ class Node:
 
 def make_node(folder: Path, name: str, listen: str, advertise: str = "") -> Node:
     """A node with new keys."""
-    folder.mkdir(parents=True, exist_ok=True)
-    zmq.auth.create_certificates(folder, name)
-    (folder / f"{name}.key_secret").chmod(0o600)
-    return Node(name, folder, listen, advertise or listen)
+    node = Node(name, folder, listen, advertise or listen)
+    node.keys.write(KeyPair.new())
+    return node
 
 
 # What a node has, and what others know of it.

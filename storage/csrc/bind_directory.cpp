@@ -3,9 +3,9 @@
 #include <nanobind/stl/string.h>
 
 #include <cstring>
-#include <string_view>
 #include <vector>
 
+#include "bind_pages.hpp"
 #include "page_tag.hpp"
 #include "peer_directory.hpp"
 #include "tag_sets.hpp"
@@ -17,20 +17,12 @@ namespace {
 
 using namespace lmcache;
 
-// For calls whose arguments and answer are plain numbers and text.
-using Unlocked = nb::call_guard<nb::gil_scoped_release>;
-constexpr Unlocked kUnlocked;
-
 using Tags = std::vector<uint64_t>;
 
 Tags tags_of(const nb::list& keys) {
   Tags tags;
   tags.reserve(keys.size());
-  for (nb::handle key : keys) {
-    if (!PyBytes_Check(key.ptr())) throw nb::type_error("keys must be bytes");
-    if (PyBytes_GET_SIZE(key.ptr()) != kKeyBytes) throw nb::value_error("a key has 48 bytes");
-    tags.push_back(page_tag(PyBytes_AS_STRING(key.ptr())));
-  }
+  for (nb::handle key : keys) tags.push_back(page_tag(key_text(key).data()));
   return tags;
 }
 
@@ -127,26 +119,33 @@ nb::dict stats(PeerDirectory& directory) {
   return result;
 }
 
-uint64_t put(PeerDirectory& directory, unsigned peer, const nb::bytes& given) {
+// `put` or `drop`: how many of the tags found no room, or were there.
+template <uint64_t (PeerDirectory::*kChange)(unsigned, std::span<const uint64_t>)>
+uint64_t change(PeerDirectory& directory, unsigned peer, const nb::bytes& given) {
   const Tags tags = tags_in(given);
   peer_of(peer);
   nb::gil_scoped_release unlocked;
-  return directory.put(peer, tags);
+  return (directory.*kChange)(peer, tags);
 }
 
-uint64_t drop(PeerDirectory& directory, unsigned peer, const nb::bytes& given) {
-  const Tags tags = tags_in(given);
-  peer_of(peer);
-  nb::gil_scoped_release unlocked;
-  return directory.drop(peer, tags);
+// A function of two sets of tags, with packed ones.
+template <Tags (*kOf)(const Tags&, const Tags&)>
+nb::bytes of_two(const nb::bytes& one, const nb::bytes& other) {
+  const Tags a = tags_in(one), b = tags_in(other);
+  Tags result;
+  {
+    nb::gil_scoped_release unlocked;
+    result = kOf(a, b);
+  }
+  return packed(result);
 }
 
 void bind_writer(nb::module_& m) {
   nb::class_<PeerDirectory>(m, "PeerDirectory")
       .def(nb::init<const std::string&, uint64_t, uint64_t, uint64_t>(), "path"_a, "most_bytes"_a,
            "agent"_a, "salt"_a, kUnlocked)
-      .def("put", &put, "peer"_a, "tags"_a)
-      .def("drop", &drop, "peer"_a, "tags"_a)
+      .def("put", &change<&PeerDirectory::put>, "peer"_a, "tags"_a)
+      .def("drop", &change<&PeerDirectory::drop>, "peer"_a, "tags"_a)
       .def(
           "forget", [](PeerDirectory& it, unsigned peer) { it.forget(peer_of(peer)); }, "peer"_a,
           kUnlocked)
@@ -193,30 +192,8 @@ void bind_directory(nb::module_& m) {
   bind_writer(m);
   bind_reader(m);
   m.def("tags_of", [](const nb::list& keys) { return packed(tags_of(keys)); }, "keys"_a);
-  m.def(
-      "merge_tags",
-      [](const nb::bytes& one, const nb::bytes& other) {
-        const Tags a = tags_in(one), b = tags_in(other);
-        Tags both;
-        {
-          nb::gil_scoped_release unlocked;
-          both = tags_of_either(a, b);
-        }
-        return packed(both);
-      },
-      "one"_a, "other"_a);
-  m.def(
-      "tags_without",
-      [](const nb::bytes& tags, const nb::bytes& others) {
-        const Tags a = tags_in(tags), b = tags_in(others);
-        Tags rest;
-        {
-          nb::gil_scoped_release unlocked;
-          rest = tags_without(a, b);
-        }
-        return packed(rest);
-      },
-      "tags"_a, "others"_a);
+  m.def("merge_tags", &of_two<&tags_of_either>, "one"_a, "other"_a);
+  m.def("tags_without", &of_two<&tags_without>, "tags"_a, "others"_a);
   m.def(
       "sorted_tags",
       [](const nb::bytes& given) {

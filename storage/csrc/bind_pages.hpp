@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
 #include "cancel.hpp"
@@ -23,11 +24,18 @@ inline std::chrono::steady_clock::time_point deadline_in(double seconds) {
                             std::chrono::duration<double>(std::clamp(seconds, 0.0, most)));
 }
 
-inline Key key_of(nb::handle object) {
+// For calls whose arguments and answer are plain numbers and text.
+using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+inline constexpr Unlocked kUnlocked;
+
+// The bytes of a key, as long as the object lives.
+inline std::string_view key_text(nb::handle object) {
   if (!PyBytes_Check(object.ptr())) throw nb::type_error("keys must be bytes");
   if (PyBytes_GET_SIZE(object.ptr()) != kKeyBytes) throw nb::value_error("a key has 48 bytes");
-  return Key::of({PyBytes_AS_STRING(object.ptr()), kKeyBytes});
+  return {PyBytes_AS_STRING(object.ptr()), kKeyBytes};
 }
+
+inline Key key_of(nb::handle object) { return Key::of(key_text(object)); }
 
 inline std::vector<Key> keys_of(const nb::list& objects) {
   std::vector<Key> keys;

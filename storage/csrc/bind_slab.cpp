@@ -21,10 +21,6 @@ namespace {
 
 using namespace lmcache;
 
-// For calls whose arguments and answer are plain numbers and text.
-using Unlocked = nb::call_guard<nb::gil_scoped_release>;
-constexpr Unlocked kUnlocked;
-
 Batch batch_of(const std::vector<Key>& keys, const Pages& pages) {
   pages.require(keys.size());
   return {keys, pages.pages, pages.bytes};

@@ -26,6 +26,7 @@ from .actions import Action, Answer, Close, Open, Say
 from .column import DirectoryColumn
 from .directory import Directory
 from .holdings_watch import Held
+from .keys import KeyPair
 from .link import Times
 from .membership import Membership
 from .messages import (
@@ -43,7 +44,7 @@ from .messages import (
 from .node import Identity, Node
 from .page_server import PageServer
 from .serving import Passed
-from .sockets import Keys, answering, asking
+from .sockets import answering, asking
 from .told import Told
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Parts:
     """What an agent works with. Whoever made them closes them, after the agent."""
 
     context: zmq.Context[zmq.Socket[bytes]]
-    keys: Keys
+    keys: KeyPair
     directory: Directory
     pages: PageServer
     told: Told

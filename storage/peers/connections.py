@@ -13,7 +13,8 @@ from threading import Lock
 import zmq
 
 from ...errors import Reason, TierError
-from .sockets import Keys, asking
+from .keys import KeyPair
+from .sockets import asking
 
 IDLE_SECONDS = 60.0  # after which a connection is closed
 
@@ -46,7 +47,7 @@ class Connections:
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        keys: Keys,
+        keys: KeyPair,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._context = context

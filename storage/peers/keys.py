@@ -55,10 +55,13 @@ def fingerprint(public: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """A node's keys."""
+    """A node's keys. Both empty, and false: it has none, and nothing is encrypted."""
 
     public: str
     secret: str = field(repr=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.public)
 
     @classmethod
     def load(cls, path: Path, setting: str = "key") -> KeyPair:
@@ -89,6 +92,9 @@ class KeyPair:
             public, secret = (key.decode() for key in zmq.curve_keypair())
             if not public.endswith(PUBLIC_SUFFIX):  # settings would take it for a file
                 return cls(public, secret)
+
+
+NO_KEYS = KeyPair("", "")
 
 
 def public_key(text: str, folder: Path = Path(), setting: str = "key") -> str:

@@ -43,6 +43,7 @@ import msgspec
 from msgspec import Meta
 
 from ..base import KEY_BYTES
+from .tags import TAG_BYTES as TAG_BYTES  # noqa: PLC0414  # callers take it from here
 
 VERSION = 1  # the newest that this package speaks
 OLDEST = 1  # that it still speaks
@@ -50,7 +51,6 @@ OLDEST = 1  # that it still speaks
 FRAME_MOST = 8 << 20  # bytes of a page in one message
 MESSAGE_MOST = FRAME_MOST + 4096
 PAGES_MOST = 1024  # of one `Get`
-TAG_BYTES = 8
 TAGS_MOST = 65_536  # of one `Summary`
 UNHEARD = 4  # summaries on their way to one subscriber
 NODES_MOST = 64

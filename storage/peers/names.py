@@ -56,6 +56,7 @@ class NameWatch:
     Args:
         every: seconds between two looks.
         told: called on that thread with the addresses when they are others than before; must not raise.
+        known: what the name stood for when it was looked up before.
         resolve: asks; another one in tests.
         clock: seconds that only grow.
     """
@@ -66,6 +67,7 @@ class NameWatch:
         port: int,
         every: float,
         told: Callable[[frozenset[str]], None],
+        known: frozenset[str] = frozenset(),
         *,
         resolve: Resolve = resolve,
         clock: Callable[[], float] = time.monotonic,
@@ -76,11 +78,14 @@ class NameWatch:
         self._told = told
         self._resolve = resolve
         self._clock = clock
-        self._addresses: frozenset[str] = frozenset()
+        self._addresses = known
         self._answered_at = clock()
         self._fails = False
         self._stop = Event()
         self._thread = Thread(target=self._run, name="lmcache-names", daemon=True)
+
+    def is_of(self, name: str, port: int) -> bool:
+        return (self.name, self._port) == (name, port)
 
     @property
     def addresses(self) -> frozenset[str]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import zmq
 
 from ..base import KEY_BYTES
+from .keys import KeyPair
 from .messages import MESSAGE_MOST, PAGES_MOST
 
-ASKED_MOST = (
-    PAGES_MOST * (KEY_BYTES + 8) + 4096
-)  # bytes of the largest message that is asked: a `Get`
-
+# Bytes of the largest message that is asked: a `Get`.
+ASKED_MOST = PAGES_MOST * (KEY_BYTES + 8) + 4096
 HANDSHAKE_MS = 3000  # longest that a connection may take to prove its key, before which it may say nothing else
 ZAP_DOMAIN = "peers"  # under which the doorkeeper (auth.py) is asked
 RECONNECT_MS, RECONNECT_MOST_MS = 100, 5000
@@ -20,21 +17,7 @@ QUEUE = 256  # messages of a connection in each direction; credit and `UNHEARD` 
 HEARTBEAT_MS = 2000  # ZMTP's own, which finds a cut cable also where nothing is asked
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """This node's CURVE keys, Z85. Empty: nothing is encrypted, and nobody proves anything."""
-
-    public: str = ""
-    secret: str = ""
-
-    def __bool__(self) -> bool:
-        return bool(self.public)
-
-    def __repr__(self) -> str:  # a secret must not get into a log
-        return f"Keys({self.public!r})"
-
-
-def answering(context: zmq.Context[zmq.Socket[bytes]], keys: Keys) -> zmq.Socket[bytes]:
+def answering(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair) -> zmq.Socket[bytes]:
     """The ROUTER that everybody connects to; to be bound."""
     socket = context.socket(zmq.ROUTER)
     _limit(socket, ASKED_MOST)
@@ -49,7 +32,7 @@ def answering(context: zmq.Context[zmq.Socket[bytes]], keys: Keys) -> zmq.Socket
 
 
 def asking(
-    context: zmq.Context[zmq.Socket[bytes]], address: str, key: str, keys: Keys
+    context: zmq.Context[zmq.Socket[bytes]], address: str, key: str, keys: KeyPair
 ) -> zmq.Socket[bytes]:
     """A DEALER, connected to a peer. Args: key: the peer's; empty: not encrypted.
 

@@ -39,14 +39,17 @@ from .connections import Connections, Peer
 from .directory import NO_RECORD, PEERS_MOST, DirectoryView, PeerRecord
 from .health import Health
 from .keeping import Keep, Keeping
+from .keys import KeyPair
 from .messages import PAGES_MOST, Expect, encode
 from .reading import Holders, Reader, Reading
-from .sockets import Keys
 from .standing import Standing
 
 logger = logging.getLogger(__name__)
 
 HEAD = "directory"  # the file, in the folder
+MASK_SECONDS = (
+    0.01  # that it holds who may be asked; less, when a read ends: it may have failed somebody
+)
 LOOK_SECONDS = 0.1  # between looks at whether the agent, or a peer, is another one
 AGENT_SECONDS = 15.0  # without a sign of life of the agent, after which nobody is believed
 NAMESPACES_MOST = 1024  # of which the length of a page is remembered
@@ -79,7 +82,7 @@ class PeerTier(OuterTier):
     def __init__(
         self,
         directory: Path,
-        keys: Keys,
+        keys: KeyPair,
         limits: PeerLimits,
         tell: Callable[[Sequence[bytes]], None] = lambda _: None,
         *,
@@ -104,6 +107,7 @@ class PeerTier(OuterTier):
         self._expected = b""  # first page of the chain that a peer was told of last
         self._changes = (0, -1)  # whose directory, and which state of its records
         self._looked = float("-inf")
+        self._mask, self._mask_until = 0, float("-inf")
         self._wrong: OrderedDict[bytes, None] = OrderedDict()
         self._lengths: dict[bytes, int] = {}  # of a namespace's pages, as they were last asked for
 
@@ -131,7 +135,10 @@ class PeerTier(OuterTier):
             reading = Reading(
                 self, self._connections, own.streams, keys, into, until, limits.cancel
             )
-            return reading.run()
+            try:
+                return reading.run()
+            finally:
+                self._mask_until = float("-inf")
 
     def _remember_lengths(self, keys: Sequence[bytes], into: PageSegments) -> None:
         if keys:
@@ -218,8 +225,10 @@ class PeerTier(OuterTier):
         return Holders(masks, readers)
 
     def _usable(self) -> int:
-        """The mask of the peers that may be asked now."""
+        """The mask of the peers that may be asked now. Asked by each lookup, so it is reckoned seldom."""
         now = time.monotonic()
+        if now < self._mask_until:
+            return self._mask
         if now - self._looked > LOOK_SECONDS:
             with self._lock:  # whoever comes first must not find nobody while another one looks
                 if now - self._looked > LOOK_SECONDS:
@@ -229,6 +238,7 @@ class PeerTier(OuterTier):
         for number, reader in self._readers.items():
             if reader.health.usable(now):
                 mask |= 1 << number
+        self._mask, self._mask_until = mask, now + MASK_SECONDS
         return mask
 
     def _look(self) -> None:
@@ -279,15 +289,22 @@ class PeerTier(OuterTier):
     def _expect(self, keys: Sequence[bytes], here: Sequence[bool]) -> None:
         """Tell who has the first pages of a chain that all of it will be asked for, so that it reads its disk meanwhile
         and the connection stands."""
+        if True not in here or keys[here.index(True)] == self._expected:
+            return
         run = [key for key, is_here in zip(keys, here, strict=True) if is_here][:PAGES_MOST]
-        if len(run) < EXPECTED_LEAST or run[0] == self._expected:
+        if len(run) < EXPECTED_LEAST:
             return
         length = self._lengths.get(run[0][:NAMESPACE_BYTES])
+        if length is None:
+            return
         found = self.holders(run[:1])
-        if length is None or not found.masks[0]:
+        if not found.masks[0]:
             return
         self._expected = run[0]
-        reader = found.readers[found.masks[0].bit_length() - 1]
+        holders = [
+            reader for number, reader in found.readers.items() if found.masks[0] >> number & 1
+        ]
+        reader = min(holders, key=lambda each: each.estimate().start)
         try:
             (connection,) = self._connections.borrow(reader.peer, 1)
         except TierError:  # the read that follows will say so

@@ -11,7 +11,8 @@ import zmq
 from lmcache_sglang.errors import Reason, TierError
 from lmcache_sglang.storage.peers import connections as module
 from lmcache_sglang.storage.peers.connections import IDLE_SECONDS, Connections, Peer
-from lmcache_sglang.storage.peers.sockets import Keys, asking
+from lmcache_sglang.storage.peers.keys import NO_KEYS
+from lmcache_sglang.storage.peers.sockets import asking
 from tests.storage.clock import Clock
 
 PEER = Peer("tcp://127.0.0.1:1", "")
@@ -25,7 +26,7 @@ def clock() -> Clock:
 @pytest.fixture
 def connections(clock: Clock) -> Iterator[Connections]:
     with zmq.Context() as context:
-        made = Connections(context, Keys(), clock)
+        made = Connections(context, NO_KEYS, clock)
         yield made
         made.close()
 

@@ -15,8 +15,8 @@ import zmq
 
 from lmcache_sglang.storage.base import Cancel, Limits, Lookup
 from lmcache_sglang.storage.peers.directory import Directory, PeerRecord
+from lmcache_sglang.storage.peers.keys import NO_KEYS
 from lmcache_sglang.storage.peers.messages import Expect, Get, Why, Without, encode, split_keys
-from lmcache_sglang.storage.peers.sockets import Keys
 from lmcache_sglang.storage.peers.standing import Standing
 from lmcache_sglang.storage.peers.tags import tags_of
 from lmcache_sglang.storage.peers.tier import HEAD, PeerLimits, PeerTier
@@ -61,7 +61,7 @@ class Neighbourhood:
 
     def tier(self, deadline: float = 2.0) -> PeerTier:
         limits = PeerLimits(deadline=deadline, streams=1)
-        return self.undo.enter_context(closing(PeerTier(self.folder, Keys(), limits)))
+        return self.undo.enter_context(closing(PeerTier(self.folder, NO_KEYS, limits)))
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_a_peer_that_was_forgotten_is_not_asked(around: Neighbourhood) -> None:
 
 def test_without_an_agent_nobody_is_asked(shared_memory: Path) -> None:
     shared_memory.mkdir(exist_ok=True)
-    with closing(PeerTier(shared_memory, Keys(), PeerLimits())) as tier:
+    with closing(PeerTier(shared_memory, NO_KEYS, PeerLimits())) as tier:
         assert tier.exists(some_keys(2)) == [False] * 2
         assert read(tier, some_keys(2), SIZE) == [Lookup.MISS] * 2
 
