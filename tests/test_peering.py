@@ -305,7 +305,7 @@ def test_nodes_of_one_machine_meet_in_the_file_system(
 ) -> None:
     a, b = (
         Site(make_node(tmp_path, name, f"ipc://{shared_memory}/{name}.sock"), shared_memory)
-        for name in "ab"
+        for name in "de"
     )
     for site, other in ((a, b), (b, a)):
         site.node.write([other.node], encrypted=False, limits=QUICK)
