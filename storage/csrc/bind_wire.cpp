@@ -233,7 +233,8 @@ void bind_wire(nb::module_& m) {
       .def_prop_ro("in_use", [](const SendBuffer& b) { return b.frames() > 0; });
   nb::class_<SendPool>(m, "SendPool")
       .def(nb::init<size_t>(), "bytes_most"_a)
-      .def("take", &SendPool::take, "size"_a, Unlocked())
+      .def("take", &SendPool::take, "size"_a, "owner"_a = 0, Unlocked())
+      .def("bytes_lent_to", &SendPool::bytes_lent_to, "owner"_a)
       .def("fileno", &SendPool::bell)
       .def("hear", &SendPool::hear)
       .def_prop_ro("bytes_lent", &SendPool::bytes_lent);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <unordered_map>
 #include <vector>
 
 #include "buffers.hpp"
@@ -32,6 +33,7 @@ class SendBuffer {
   const size_t bytes_;
   std::atomic<uint64_t> frames_{0};
   SendBuffer* next_ = nullptr;  // of those that came back
+  uint64_t owner_ = 0;          // for whom it was taken
 };
 
 // A buffer comes back when everybody let go of it, libzmq too, and is kept for the next taker:
@@ -43,12 +45,12 @@ class SendPool {
   explicit SendPool(size_t bytes_most) : shelf_(std::make_shared<Shelf>(bytes_most)) {}
 
   // Of at least so many bytes, or nothing while others have too much. Throws std::invalid_argument
-  // when it can never be had.
-  std::shared_ptr<SendBuffer> take(size_t bytes) {
+  // when it can never be had. `owner`: for whom; see `bytes_lent_to`.
+  std::shared_ptr<SendBuffer> take(size_t bytes, uint64_t owner) {
     const size_t whole = (bytes / kUnit + (bytes % kUnit != 0)) * kUnit;
     if (bytes == 0 || whole < bytes || whole > shelf_->bytes_most)
       throw std::invalid_argument("a buffer of this size is beyond the pool");
-    std::unique_ptr<SendBuffer> buffer = shelf_->take(whole);
+    std::unique_ptr<SendBuffer> buffer = shelf_->take(whole, owner);
     if (!buffer) return {};
     const auto put_back = [shelf = shelf_](SendBuffer* back) { shelf->put_back(back); };
     return {buffer.release(), put_back};
@@ -56,6 +58,8 @@ class SendPool {
 
   // Of the buffers that somebody has.
   size_t bytes_lent() const { return shelf_->bytes_lent(); }
+  // Of those that were taken for one owner, and have not come back whatever it says.
+  size_t bytes_lent_to(uint64_t owner) const { return shelf_->bytes_lent_to(owner); }
 
   // Is readable, as poll(2) means it, once a buffer came back after the last `hear`.
   int bell() const { return shelf_->bell.number(); }
@@ -84,10 +88,18 @@ class SendPool {
       [[maybe_unused]] const ssize_t n = ::write(bell.number(), &once, sizeof once);
     }
 
-    std::unique_ptr<SendBuffer> take(size_t bytes) {
+    std::unique_ptr<SendBuffer> take(size_t bytes, uint64_t owner) {
       const std::lock_guard lock(mutex);
       collect();
-      if (auto found = take_free(bytes)) return found;
+      auto buffer = take_free(bytes);
+      if (!buffer) buffer = make(bytes);
+      if (!buffer) return {};
+      buffer->owner_ = owner;
+      lent[owner] += buffer->size();
+      return buffer;
+    }
+
+    std::unique_ptr<SendBuffer> make(size_t bytes) {
       if (made - free_bytes() + bytes > bytes_most) return {};
       while (made + bytes > bytes_most) drop();
       auto buffer = std::make_unique<SendBuffer>(bytes);
@@ -101,11 +113,20 @@ class SendPool {
       return made - free_bytes();
     }
 
+    size_t bytes_lent_to(uint64_t owner) {
+      const std::lock_guard lock(mutex);
+      collect();
+      const auto found = lent.find(owner);
+      return found == lent.end() ? 0 : found->second;
+    }
+
     void collect() {
       SendBuffer* each = returned.exchange(nullptr, std::memory_order_acquire);
       while (each) {
         std::unique_ptr<SendBuffer> buffer(each);
         each = buffer->next_;
+        const auto account = lent.find(buffer->owner_);
+        if ((account->second -= buffer->size()) == 0) lent.erase(account);
         free.push_back(std::move(buffer));
       }
     }
@@ -137,7 +158,8 @@ class SendPool {
     std::atomic<SendBuffer*> returned{nullptr};
     std::mutex mutex;  // of all below; never taken by libzmq's threads
     Buffers free;
-    size_t made = 0;  // bytes of all buffers that there are
+    size_t made = 0;                            // bytes of all buffers that there are
+    std::unordered_map<uint64_t, size_t> lent;  // bytes, by owner
   };
 
   std::shared_ptr<Shelf> shelf_;

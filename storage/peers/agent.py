@@ -240,7 +240,7 @@ class Agent:
                     self.passed_over += 1
                     self._parts.pages.gone(route)
                     return
-                self._pass(self._parts.pages.asked(route, message, now))
+                self._pass(self._parts.pages.asked(route, key, message, now))
             case _:
                 self._do(self.node.asked(route, key, message, now))
 

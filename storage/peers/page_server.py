@@ -26,6 +26,7 @@ from .serving import BATCH_BYTES, Batch, Passed, Serving
 from .staging import STAGE_BYTES, Expected, Staging
 
 UNIT = 2 << 20  # bytes; memory is lent in multiples of it
+OWNERS = (1 << 63) - 1
 READERS = 2  # threads
 READ_SECONDS = 10.0  # that a batch may take to be read
 
@@ -84,6 +85,7 @@ class PageServer:
         self._largest = max(UNIT, memory // UNIT * UNIT)  # all that can be lent at once
         self._pool = SendPool(self._largest)
         serving.batch_most = min(BATCH_BYTES, self._largest)
+        serving.has_room = self._has_room
         staging.part_most = min(STAGE_BYTES, self._largest)
         self._bucket = Bucket(rate, now)
         self._workers = ThreadPoolExecutor(READERS, thread_name_prefix="lmcache-serve")
@@ -114,12 +116,13 @@ class PageServer:
         return wait if wait and len(self._serving) else float("inf")
 
     def asked(
-        self, route: bytes, message: Get | Credit | Cancel | Expect, now: float
+        self, route: bytes, key: str, message: Get | Credit | Cancel | Expect, now: float
     ) -> Iterator[Passed]:
-        """A message of an engine. Raises: NotUnderstoodError."""
+        """A message of an engine. Args: key: that it proved to have; empty: none. Raises: NotUnderstoodError."""
         match message:
             case Get():
-                yield from self._serving.get(route, message, self._largest, now)
+                owner = hash(key or route) & OWNERS
+                yield from self._serving.get(route, owner, message, self._largest, now)
             case Credit():
                 self._serving.credit(route, message, now)
             case Cancel():
@@ -167,9 +170,14 @@ class PageServer:
             if isinstance(done, _Read):
                 yield done
 
+    def _has_room(self, owner: int, size: int) -> bool:
+        """Half of the memory is the most that one asker holds, be it that it does not take what it asked for."""
+        lent = self._pool.bytes_lent_to(owner)
+        return lent == 0 or lent + size <= self._largest // 2
+
     def _begin(self, batch: Batch) -> bool:
         """Whether there was memory for it; if not, a buffer that comes free rings."""
-        buffer = self._pool.take(batch.bytes)
+        buffer = self._pool.take(batch.bytes, batch.request.owner)
         if buffer is None:
             return False
         self._serving.begun(batch)

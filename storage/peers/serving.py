@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ..base import NAMESPACE_BYTES
 from .messages import Cancel, Credit, Get, NotUnderstoodError, Why, Without, split_keys
 
+T = TypeVar("T")
+
 BATCH_BYTES = 4 << 20  # read at once; or one page, if that is larger
 REQUESTS_MOST = 1024  # of all askers together
+OWNER_MOST = REQUESTS_MOST // 4  # of one
 IDLE_SECONDS = 60.0  # without credit, after which a request is forgotten
 
 
@@ -25,11 +29,13 @@ class Request:
 
     Attributes:
         route: of who asked.
+        owner: a number for the key that was proved, or the connection where none is: shares are by it.
         next: place of the first page that was not read yet.
         credit: bytes that may still be sent; a page that was begun goes to its end, so it may be negative.
     """
 
     route: bytes
+    owner: int
     number: int
     keys: list[bytes]
     lengths: list[int]
@@ -69,21 +75,28 @@ class Serving:
     Args:
         shares: whether pages of a namespace may be given away.
         per_route: requests of one connection at once.
+
+    Attributes:
+        has_room: whether so many bytes may be read now for an owner; what has none waits, and lets others go first.
     """
 
     def __init__(self, shares: Callable[[bytes], bool], per_route: int) -> None:
         self.shares = shares
         self.per_route = per_route
         self.batch_most = BATCH_BYTES
+        self.has_room: Callable[[int, int], bool] = lambda _owner, _bytes: True
         self.turned_away = 0  # requests that there was no room for
         self._requests: OrderedDict[tuple[bytes, int], Request] = OrderedDict()
         self._of_route: Counter[bytes] = Counter()
+        self._of_owner: Counter[int] = Counter()
         self._turns: dict[Request, None] = {}  # those that can go on, in their turn
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def get(self, route: bytes, asked: Get, largest: int, now: float) -> Iterator[Passed]:
+    def get(
+        self, route: bytes, owner: int, asked: Get, largest: int, now: float
+    ) -> Iterator[Passed]:
         """Take a request; what is said at once of pages that will not come.
 
         Args:
@@ -93,8 +106,7 @@ class Serving:
         if not keys or len(keys) != len(asked.lengths):
             raise NotUnderstoodError("keys and lengths must be equally many")
         name = (route, asked.request)
-        full = self._of_route[route] >= self.per_route or len(self) >= REQUESTS_MOST
-        if full or name in self._requests:
+        if self._is_full(route, owner) or name in self._requests:
             self.turned_away += 1
             yield Passed(route, Without(asked.request, 0, len(keys), Why.BUSY))
             return
@@ -102,10 +114,21 @@ class Serving:
             length if length <= largest and self.shares(key[:NAMESPACE_BYTES]) else 0
             for key, length in zip(keys, asked.lengths, strict=True)
         ]
-        request = Request(route, asked.request, keys, lengths, asked.frame, asked.credit, now)
+        request = Request(
+            route, owner, asked.request, keys, lengths, asked.frame, asked.credit, now
+        )
         self._requests[name] = request
         self._of_route[route] += 1
+        self._of_owner[owner] += 1
         self._turns[request] = None
+
+    def _is_full(self, route: bytes, owner: int) -> bool:
+        """Also where there is room: nobody takes more than his share of it."""
+        return (
+            self._of_route.get(route, 0) >= self.per_route
+            or self._of_owner.get(owner, 0) >= OWNER_MOST
+            or len(self) >= REQUESTS_MOST
+        )
 
     def credit(self, route: bytes, more: Credit, now: float) -> None:
         request = self._requests.get((route, more.request))
@@ -138,7 +161,9 @@ class Serving:
         for request in self._turns:
             if not request.lengths[request.next]:
                 return self._passed(request)
-            return self._batch(request)
+            batch = self._batch(request)
+            if self.has_room(request.owner, batch.bytes):
+                return batch
         return None
 
     def begun(self, batch: Batch) -> None:
@@ -186,6 +211,11 @@ class Serving:
         name = (request.route, request.number)
         if self._requests.get(name) is request:
             del self._requests[name]
-            self._of_route[request.route] -= 1
-            if not self._of_route[request.route]:
-                del self._of_route[request.route]
+            _count_down(self._of_route, request.route)
+            _count_down(self._of_owner, request.owner)
+
+
+def _count_down(counter: Counter[T], key: T) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]

@@ -206,6 +206,18 @@ def test_what_is_sent_is_what_is_fetched(context: Context, transport: str) -> No
 
 
 class TestPool:
+    def test_it_knows_what_each_owner_has(self) -> None:
+        pool = SendPool(4 * UNIT)
+        mine = [pool.take(1, 7), pool.take(UNIT, 7)]
+        theirs = pool.take(2 * UNIT, 8)
+        assert [pool.bytes_lent_to(owner) for owner in (7, 8, 9)] == [2 * UNIT, 2 * UNIT, 0]
+        mine.pop()
+        del theirs
+        assert [pool.bytes_lent_to(owner) for owner in (7, 8, 9)] == [UNIT, 0, 0]
+        again = pool.take(UNIT, 9)
+        assert again is not None
+        assert pool.bytes_lent_to(9) == again.size
+
     def test_it_never_makes_more_than_its_bytes(self) -> None:
         pool = SendPool(3 * UNIT)
         buffers = [taken(pool, size) for size in (1, UNIT, UNIT - 1)]

@@ -18,6 +18,7 @@ from lmcache_sglang.storage.peers.messages import (
 from lmcache_sglang.storage.peers.serving import (
     BATCH_BYTES,
     IDLE_SECONDS,
+    OWNER_MOST,
     REQUESTS_MOST,
     Batch,
     Passed,
@@ -41,13 +42,14 @@ def get(
     lengths: Sequence[int],
     *,
     route: bytes = A,
+    owner: int = 1,
     keys: Sequence[bytes] = (),
     credit: int = 1 << 30,
     now: float = 0.0,
 ) -> list[Passed]:
     joined = b"".join(keys or some_keys(len(lengths)))
     asked = Get(1, number, joined, list(lengths), 4096, credit)
-    return list(serving.get(route, asked, LARGEST, now))
+    return list(serving.get(route, owner, asked, LARGEST, now))
 
 
 def take(serving: Serving) -> Batch:
@@ -187,7 +189,7 @@ def test_there_is_room_again_once_one_has_ended(serving: Serving) -> None:
 def test_all_askers_together_cannot_fill_the_memory(serving: Serving) -> None:
     for route in range(REQUESTS_MOST // 4):
         for number in range(4):
-            assert get(serving, number, [10], route=route.to_bytes(4)) == []
+            assert get(serving, number, [10], route=route.to_bytes(4), owner=route) == []
     assert [p.without.why for p in get(serving, 1, [10], route=b"late")] == [Why.BUSY]
     assert len(serving) == REQUESTS_MOST
 
@@ -216,7 +218,7 @@ def test_who_gives_no_more_credit_is_forgotten(serving: Serving) -> None:
 )
 def test_what_makes_no_sense_is_not_understood(serving: Serving, asked: Get) -> None:
     with pytest.raises(NotUnderstoodError):
-        list(serving.get(A, asked, LARGEST, 0.0))
+        list(serving.get(A, 1, asked, LARGEST, 0.0))
     assert len(serving) == 0
 
 
@@ -236,3 +238,23 @@ def test_a_number_that_is_used_again_is_another_request(serving: Serving) -> Non
     serving.done(old)
     assert len(serving) == 1
     assert take(serving).bytes == 20
+
+
+def test_one_asker_with_many_connections_leaves_room_for_others(serving: Serving) -> None:
+    answers = [
+        get(serving, number, [10], route=route.to_bytes(4), owner=7)
+        for route in range(OWNER_MOST)
+        for number in range(2)
+    ]
+    assert answers.count([]) == OWNER_MOST
+    assert get(serving, 1, [10], route=b"other", owner=8) == []
+
+
+def test_who_has_no_room_lets_others_go_first(serving: Serving) -> None:
+    get(serving, 1, [BATCH_BYTES] * 2, owner=7)
+    get(serving, 2, [BATCH_BYTES] * 2, route=B, owner=8)
+    serving.has_room = lambda owner, _: owner == 8
+    assert take(serving).request.number == 2
+    assert serving.turn() is None
+    serving.has_room = lambda *_: True
+    assert take(serving).request.number == 1
