@@ -10,7 +10,7 @@ from .config import read_file
 from .errors import ConfigError
 from .storage.peers.keys import KeyReader
 from .storage.peers.settings import PeerSettings
-from .storage.peers.watched import Watched
+from .storage.peers.watched import Stamp, Watched
 
 SETTING = "peers"  # of the main settings, which names the file
 
@@ -53,6 +53,7 @@ class PeerFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._watched = Watched()
+        self._seen: dict[Path, Stamp] = {}  # at the last look
         self._settings: PeerSettings | None = None
 
     @property
@@ -68,9 +69,12 @@ class PeerFile:
         return self._settings
 
     def changed(self) -> Outcome:
-        """Look whether any of the files changed. Each change is told once."""
+        """Look whether any of the files changed. Each change is told once, when two looks find the same: a file that
+        is still being written may make sense, and another one than it will."""
         before = self.settings
-        if not self._watched.has_changed():
+        now = self._watched.now()
+        is_settled, self._seen = now == self._seen, now
+        if not is_settled or not self._watched.has_changed():
             return Unchanged()
         try:
             settings, restart = self._following(before)

@@ -6,8 +6,9 @@ import logging
 import time
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 
 import zmq
 
@@ -22,7 +23,6 @@ from .storage.peers.agent import Agent, Parts
 from .storage.peers.auth import Doorkeeper
 from .storage.peers.directory import HEADS_BYTES, Directory
 from .storage.peers.holdings import Holdings
-from .storage.peers.holdings_watch import HoldingsWatch
 from .storage.peers.keys import NO_KEYS
 from .storage.peers.link import Times
 from .storage.peers.membership import Known, Membership
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 IO_THREADS = 4
 BIND_SECONDS = 5.0  # that the agent before this one may take to let go of the address
 BIND_AGAIN_SECONDS = 0.2
+LOOK_SECONDS = 1.0  # between looks at the peer-sharing file, and at which models there are
 CLOSE_SECONDS = 1.0  # that the end may wait for what others will write anyway
 
 
@@ -96,7 +97,6 @@ class PeerNode:
         for line in advice(self._settings):
             logger.warning("lmcache: %s: %s", file.path, line)
         self._names: NameWatch | None = None
-        self._named = Event()  # other addresses are under the DNS name than before
         with ExitStack() as undo:
             self._make(config, self._settings, undo)
             self._undo = undo.pop_all()
@@ -122,10 +122,13 @@ class PeerNode:
         undo.callback(told.close)
         self._agent = self._bound(Parts(context, keys, directory, self._pages, told), settings)
         undo.callback(self._agent.close)
-        self._watch = self._watched()
-        undo.callback(lambda: self._watch.close())
+        self._share()
         self._follow_name(settings.dns)
         undo.callback(lambda: self._follow_name(None))
+        self._ending = Event()
+        self._following = Thread(target=self._follow, name="lmcache-peers-file", daemon=True)
+        self._following.start()
+        undo.callback(self._stop_following)
 
     def _page_server(self, chain: Chain, settings: PeerSettings) -> PageServer:
         limits = settings.limits
@@ -147,7 +150,7 @@ class PeerNode:
         until, pause = time.monotonic() + BIND_SECONDS, Event()
         while True:
             try:
-                return Agent(parts, identity, membership, times, settings.listen, self._look)
+                return Agent(parts, identity, membership, times, settings.listen)
             except zmq.ZMQError as error:
                 if error.errno != zmq.EADDRINUSE or time.monotonic() > until:
                     where = ", ".join(settings.listen)
@@ -155,15 +158,12 @@ class PeerNode:
                     raise ConfigError("listen", problem) from error
             pause.wait(BIND_AGAIN_SECONDS)
 
-    def _watched(self) -> HoldingsWatch:
+    def _share(self) -> None:
+        """Tell others of what is shared now."""
         tiers = [tier for tier in (self._upper, self._lower) if tier is not None]
-        minimum = self._shared.share.minimum_prefix
         listed = self._shared.listed()
         self._agent.node.namespaces = (listed or [])[:NAMESPACES_MOST]
-        holdings = Holdings(tiers, listed, minimum)
-        watch = HoldingsWatch(holdings, self._agent.holds)
-        self._agent.on_told = watch.told
-        return watch
+        self._agent.share(Holdings(tiers, listed, self._shared.share.minimum_prefix))
 
     def _known(self, settings: PeerSettings) -> list[Known]:
         """Who is in the file, and who is under the DNS name now."""
@@ -184,7 +184,7 @@ class PeerNode:
 
     def _on_names(self, _: frozenset[str]) -> None:
         """On the watch's thread."""
-        self._named.set()
+        self._agent.soon(lambda: self._take(self._settings))
 
     @property
     def addresses(self) -> list[str]:
@@ -200,20 +200,29 @@ class PeerNode:
     def close(self) -> None:
         self._undo.close()
 
-    def _look(self) -> None:
-        """Now and then, on the agent's thread: whether the file changed, or there are other models."""
-        match self._file.changed():
-            case Changed(settings, restart):
-                self._take(settings)
-                waits = f"; {', '.join(restart)} wait for a restart" if restart else ""
-                logger.info("lmcache: %s was read again%s", self._file.path, waits)
-            case Refused(error):
-                logger.error("lmcache: %s; the settings before stay in force", error)
-        if self._named.is_set():
-            self._named.clear()
-            self._take(self._settings)
-        if self._shared.look() and self._shared.listed() is not None:
-            self._watch_anew()
+    def _follow(self) -> None:
+        """On a thread of its own, as a disk may hang: whether the file changed, or there are other models."""
+        while not self._ending.wait(LOOK_SECONDS):
+            match self._file.changed():
+                case Changed(settings, restart):
+                    self._agent.soon(partial(self._take, settings))
+                    waits = f"; {', '.join(restart)} wait for a restart" if restart else ""
+                    logger.info("lmcache: %s was read again%s", self._file.path, waits)
+                case Refused(error):
+                    logger.error("lmcache: %s; the settings before stay in force", error)
+            if self._shared.look():
+                self._agent.soon(self._share_if_listed)
+
+    def _stop_following(self) -> None:
+        self._ending.set()
+        self._following.join(CLOSE_SECONDS)
+
+    # On the agent's thread.
+
+    def _share_if_listed(self) -> None:
+        """There are other models than before."""
+        if self._shared.listed() is not None:
+            self._share()
 
     def _take(self, settings: PeerSettings) -> None:
         """Settings that were changed, but for those that need a restart."""
@@ -228,14 +237,8 @@ class PeerNode:
         node.set_times(Times(limits.ping, limits.silence))
         if settings.share != self._settings.share:
             self._shared.share = settings.share
-            self._watch_anew()
+            self._share()
         self._settings = settings
-
-    def _watch_anew(self) -> None:
-        """Other pages are shared from now on; what was said before holds no more."""
-        self._watch.close()
-        self._agent.forget_holdings()
-        self._watch = self._watched()
 
 
 def _asked(dns: DnsName | None) -> tuple[str, int, float] | None:

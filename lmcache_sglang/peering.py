@@ -20,7 +20,7 @@ from .storage.peers.told import Teller
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # between looks at the peer-sharing file
+LOOK_SECONDS = 0.5  # between looks at the peer-sharing file, and at whose directory there is
 
 
 def folder_of(config: Config) -> Path:
@@ -60,7 +60,7 @@ def limits_of(settings: PeerSettings) -> PeerLimits:
 
 class Peering(PeerTier):
     """Other nodes' pages, for an engine: the tier, the node's agent if this process is to run it, and a thread that
-    takes over what changes in the peer-sharing file.
+    looks at the peer-sharing file and at the directory, so that no lookup has to.
 
     Raises:
         ConfigError: names the setting that cannot be used.
@@ -75,7 +75,9 @@ class Peering(PeerTier):
             undo.callback(self._guardian.close)
             teller = Teller(folder)
             undo.callback(teller.close)
-            super().__init__(folder, settings.key or NO_KEYS, limits_of(settings), teller.tell)
+            super().__init__(
+                folder, settings.key or NO_KEYS, limits_of(settings), teller.tell, refreshed=True
+            )
             self._undo = undo.pop_all()
         self._stop = Event()
         self._watch = Thread(
@@ -86,6 +88,7 @@ class Peering(PeerTier):
     def _follow(self, file: PeerFile) -> None:
         """What is wrong with the file the agent says, which follows it, too."""
         while not self._stop.wait(LOOK_SECONDS):
+            self.refresh()
             outcome = file.changed()
             if isinstance(outcome, Changed):
                 self.limits = limits_of(outcome.settings)

@@ -42,6 +42,7 @@ def file(path: Path) -> PeerFile:
 
 
 def change(file: PeerFile) -> Changed:
+    assert isinstance(file.changed(), Unchanged)  # it may still be written
     outcome = file.changed()
     assert isinstance(outcome, Changed)
     assert outcome.settings == file.settings
@@ -51,6 +52,7 @@ def change(file: PeerFile) -> Changed:
 
 def refusal(file: PeerFile) -> ConfigError:
     before = file.settings
+    assert isinstance(file.changed(), Unchanged)  # it may still be written
     outcome = file.changed()
     assert isinstance(outcome, Refused)
     assert file.settings == before
@@ -242,3 +244,14 @@ def test_what_does_not_go_with_what_waits_is_refused(path: Path) -> None:
     file.load()
     path.write_text(TEXT)
     assert "restart" in str(refusal(file))
+
+
+def test_a_file_that_is_written_in_pieces_is_taken_when_it_is_whole(
+    file: PeerFile, path: Path
+) -> None:
+    text = path.read_text() + "keep: never\n"
+    for end in range(0, len(text), 40):
+        path.write_text(text[:end])
+        assert isinstance(file.changed(), Unchanged)
+    path.write_text(text)
+    assert change(file).settings.keep == "never"

@@ -17,7 +17,6 @@ from ..storage.peers.agent import Agent, Parts
 from ..storage.peers.auth import Doorkeeper
 from ..storage.peers.directory import Directory
 from ..storage.peers.holdings import Holdings
-from ..storage.peers.holdings_watch import HoldingsWatch
 from ..storage.peers.keys import NO_KEYS, KeyPair
 from ..storage.peers.link import Times
 from ..storage.peers.membership import Known, Membership
@@ -95,9 +94,8 @@ class LoopbackNode:
         parts = Parts(context, keys, self.directory, self.pages, told)
         self.agent = Agent(parts, Identity(name), membership, ways.times, [listen])
         self.known = Known(self.agent.address, keys.public, name)
-        self.watch = HoldingsWatch(Holdings(tiers), self.agent.holds)
-        self.agent.on_told = self.watch.told
-        for part in (self.directory, told, self.pages, self.agent, self.watch):
+        self.agent.share(Holdings(tiers))
+        for part in (self.directory, told, self.pages, self.agent):
             self._undo.callback(part.close)
         self._thread = Thread(target=self.agent.run, name=f"lmcache-agent-{name}", daemon=True)
         self._thread.start()

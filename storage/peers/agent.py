@@ -15,8 +15,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from random import SystemRandom
 
@@ -25,7 +26,8 @@ import zmq
 from .actions import Action, Answer, Close, Open, Say
 from .column import DirectoryColumn
 from .directory import Directory
-from .holdings_watch import Held
+from .holdings import Holdings
+from .holdings_watch import Held, HoldingsWatch
 from .keys import KeyPair
 from .link import Times
 from .membership import Membership
@@ -53,7 +55,6 @@ TICK_SECONDS = 0.1
 PEER_SHARE = (
     0.35  # of the directory's words that one peer may take: half of what it is ever filled to
 )
-LOOK_SECONDS = 1.0
 BURST = 256  # messages of one socket that are handled before others have their turn
 BURST_SECONDS = 0.05
 LINGER_MS = 250  # that a last word may take
@@ -75,10 +76,6 @@ class Agent:
 
     Args:
         listen: addresses to answer at.
-        on_look: called about once a second, on the loop's thread.
-
-    Attributes:
-        on_told: what engines of this node say that they put is for it; on the loop's thread.
 
     Raises:
         zmq.ZMQError: an address cannot be bound.
@@ -91,7 +88,6 @@ class Agent:
         membership: Membership,
         times: Times,
         listen: Iterable[str],
-        on_look: Callable[[], None] = lambda: None,
     ) -> None:
         self._parts = parts
         most = int(parts.directory.most_words * PEER_SHARE)
@@ -104,10 +100,8 @@ class Agent:
             SystemRandom(),
             lambda: parts.pages.waiting,
         )
-        self.on_told: Callable[[Sequence[bytes]], None] = lambda _: None
         self.passed_over = 0  # messages that nobody understood
-        self._on_look = on_look
-        self._look_at = time.monotonic() + LOOK_SECONDS
+        self._watches: list[HoldingsWatch] = []  # the last one is believed
         self._links: dict[int, zmq.Socket[bytes]] = {}
         self._router = answering(parts.context, parts.keys)
         try:
@@ -116,7 +110,7 @@ class Agent:
         except zmq.ZMQError:
             self._router.close()
             raise
-        self._changes: SimpleQueue[Held] = SimpleQueue()
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._is_stopping = False
         self._poller = zmq.Poller()
@@ -132,9 +126,9 @@ class Agent:
 
     # From other threads.
 
-    def holds(self, held: Held) -> None:
-        """This node holds other pages now."""
-        self._changes.put(held)
+    def soon(self, call: Callable[[], None]) -> None:
+        """Have something done on the loop's thread, which waits for nothing: files and tiers are for others."""
+        self._calls.put(call)
         self.wake()
 
     def wake(self) -> None:
@@ -163,24 +157,37 @@ class Agent:
         self._parts.directory.beat()
         self._parts.pages.tick(now)
         self._do(self.node.tick(now))
-        if now >= self._look_at:
-            self._look_at = now + LOOK_SECONDS
-            self._on_look()
 
-    def forget_holdings(self) -> None:
-        """On the loop's thread: nothing is held any more, as far as others know, until `holds` says so."""
-        while not self._changes.empty():
-            self._changes.get_nowait()
-        self._do(self.node.cleared(b""))
+    def share(self, holdings: Holdings) -> None:
+        """Tell others what these say from now on; before `run`, or on its thread. What was said before holds no more."""
+        number = len(self._watches)
+        for watch in self._watches[-1:]:
+            watch.end()
+            self._do(self.node.cleared(b""))
+        self._watches.append(
+            HoldingsWatch(holdings, lambda held: self.soon(partial(self._hold, number, held)))
+        )
+
+    def _hold(self, number: int, held: Held) -> None:
+        """This node holds other pages now. Args: number: of the watch that says so."""
+        if number != len(self._watches) - 1:  # it has ended, and was at it still
+            return
+        added, removed = held.change.added, held.change.removed
+        before = len(self.node.published.tags)
+        if len(removed) > before // 2 > TAG_BYTES:  # as after a clear: nothing is to be believed
+            self._do(self.node.cleared(held.tags))
+        else:
+            self._do(self.node.holds(held.tags, added, removed))
 
     def _turn(self, events: dict[object, int]) -> None:
         now = time.monotonic()
         if self._wake in events:
             os.eventfd_read(self._wake)
-            self._take_changes()
+            self._make_calls()
         if self._parts.told.fileno() in events or self._parts.told in events:
             for keys in self._parts.told.take():
-                self.on_told(keys)
+                for watch in self._watches[-1:]:
+                    watch.told(keys)
         if self._router in events:
             self._serve(now)
         for number, socket in list(self._links.items()):
@@ -193,20 +200,13 @@ class Agent:
         for each in list(passed):
             self._answer(each.route, each.without)
 
-    def _take_changes(self) -> None:
+    def _make_calls(self) -> None:
         while True:
             try:
-                held = self._changes.get_nowait()
+                call = self._calls.get_nowait()
             except Empty:
                 return
-            added, removed = held.change.added, held.change.removed
-            before = len(self.node.published.tags)
-            if (
-                len(removed) > before // 2 > TAG_BYTES
-            ):  # as after a clear: nothing is to be believed
-                self._do(self.node.cleared(held.tags))
-            else:
-                self._do(self.node.holds(held.tags, added, removed))
+            call()
 
     def _burst(self, began: float) -> Iterator[None]:
         """As often as one socket is heard before others have their turn."""
@@ -307,7 +307,9 @@ class Agent:
             self._parts.pages.gone(route)
 
     def close(self) -> None:
-        """Let go of the sockets, after `run` and when nobody calls `holds` any more."""
+        """Let go of the sockets, after `run` and when nobody calls `soon` any more."""
+        for watch in self._watches:
+            watch.close()
         for link in list(self._links):
             self._drop(link)
         self._router.close(linger=LINGER_MS)

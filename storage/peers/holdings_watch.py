@@ -52,8 +52,12 @@ class HoldingsWatch:
         if self._told.qsize() < WAITING_MOST:
             self._told.put(keys)
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """Look no more, once the look at hand is over. Waits for nothing."""
         self._told.put(_Closing())
+
+    def close(self) -> None:
+        self.end()
         self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:

@@ -269,6 +269,9 @@ class Follower:
 
     def _take_part(self, summary: Summary) -> Following:
         if summary.part == 1:
+            # What it has not been asked for makes this node erase what it holds of the peer, which takes long.
+            if self._part or not (self._expects_whole or summary.sequence > self.sequence):
+                return self._lost()
             self.shelf.forget()
             self._whole_at, self._expects_whole = summary.sequence, True
         elif summary.part != self._part + 1 or summary.sequence != self._whole_at:

@@ -77,6 +77,7 @@ class PeerTier(OuterTier):
         keys: this node's; empty: nothing is encrypted.
         limits: may be replaced at any time (`limits` attribute).
         tell: the node's agent what was put here.
+        refreshed: somebody calls `refresh` again and again, so that no lookup has to.
     """
 
     def __init__(
@@ -86,12 +87,14 @@ class PeerTier(OuterTier):
         limits: PeerLimits,
         tell: Callable[[Sequence[bytes]], None] = lambda _: None,
         *,
+        refreshed: bool = False,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         name: str = "peers",
     ) -> None:
         self.name = name
         self.capacity = 0
         self._tell = tell
+        self._is_refreshed = refreshed
         self._gate = Gate(name)
         self._owns_context = context is None
         self._context = context or zmq.Context(limits.streams)
@@ -216,6 +219,10 @@ class PeerTier(OuterTier):
 
     # Who there is.
 
+    def refresh(self) -> None:
+        """Look whether the agent, or its table, is another one, and map that: milliseconds after it grew."""
+        self._view.refresh()
+
     def holders(self, keys: Sequence[bytes]) -> Holders:
         """Who has the pages and may be asked now."""
         usable, readers = self._usable(), self._readers
@@ -243,7 +250,8 @@ class PeerTier(OuterTier):
 
     def _look(self) -> None:
         """Under the lock."""
-        self._view.refresh()
+        if not self._is_refreshed:
+            self._view.refresh()
         self._connections.tidy()
         changes = (self._view.agent, self._view.changes)
         if changes != self._changes:

@@ -39,4 +39,8 @@ class Watched:
         self._stamps.setdefault(path, Stamp.of(path))
 
     def has_changed(self) -> bool:
-        return any(Stamp.of(path) != stamp for path, stamp in self._stamps.items())
+        return self.now() != self._stamps
+
+    def now(self) -> dict[Path, Stamp]:
+        """What they are like at this moment."""
+        return {path: Stamp.of(path) for path in self._stamps}
