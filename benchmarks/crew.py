@@ -6,7 +6,7 @@ import os
 import select
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -194,3 +194,23 @@ class Crew:
         for process in processes:
             process.send({"call": call, **arguments})
         return [process.receive() for process in processes]
+
+
+def in_turn(
+    crews: Mapping[str, Crew],
+    action: Callable[[Crew], object],
+    turn: int,
+    failed: Callable[[str, str], None],
+) -> None:
+    """Do it with every crew, the first one being another in each turn.
+
+    Args:
+        failed: told the name of a crew that could not, and why; may take it out.
+    """
+    names = list(crews)
+    turn %= max(1, len(names))
+    for name in names[turn:] + names[:turn]:
+        try:
+            action(crews[name])
+        except CouldNotRun as error:
+            failed(name, str(error))

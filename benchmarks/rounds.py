@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.catalog import Places, Spec
-from benchmarks.crew import CouldNotRun, Crew
+from benchmarks.crew import Crew, in_turn
 from benchmarks.plan import Cell
 from benchmarks.results import About, Results, Series
 
@@ -37,13 +37,7 @@ class _Cell:
 
     def each(self, action: Callable[[Crew], object], turn: int = 0) -> None:
         """Do it with every crew in turn, the first one being another each time."""
-        names = list(self._crews)
-        turn %= max(1, len(names))
-        for name in names[turn:] + names[:turn]:
-            try:
-                action(self._crews[name])
-            except CouldNotRun as error:
-                self._leave_out(name, str(error))
+        in_turn(self._crews, action, turn, self._leave_out)
 
     def open(self, crew: Crew) -> None:
         answer = crew.open()

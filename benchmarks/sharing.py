@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks import environments, machine, sharing_report
 from benchmarks.catalog import ROOT, SGLANG_VENV, Spec
-from benchmarks.crew import CouldNotRun, Crew, Size
+from benchmarks.crew import Crew, Size, in_turn
 from benchmarks.sharing_report import Failed, Measured, Shared, Subject
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -143,16 +143,13 @@ class _Cell:
 
     def _each(self, action: Callable[[Crew], object], turn: int = 0) -> None:
         """With every crew in turn, the first one being another each time."""
-        names = list(self._crews)
-        turn %= max(1, len(names))
-        for name in names[turn:] + names[:turn]:
-            try:
-                action(self._crews[name])
-            except CouldNotRun as error:
-                self._say(f"  {name}: {error}")
-                failed = Failed(name, self._size.page_bytes, str(error).replace(f"{ROOT}/", ""))
-                self._measured.failed.append(failed)
-                self._crews.pop(name).end()
+        in_turn(self._crews, action, turn, self._leave_out)
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        self._say(f"  {name}: {reason}")
+        failed = Failed(name, self._size.page_bytes, reason.replace(f"{ROOT}/", ""))
+        self._measured.failed.append(failed)
+        self._crews.pop(name).end()
 
     def _open(self, crew: Crew) -> None:
         about = crew.open()

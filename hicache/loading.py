@@ -113,8 +113,8 @@ class Loading:
             try:
                 with own.on(batch.parts[0].indices.device) as stream:
                     whole = self._load(batch, stream)
-            except Exception as error:
-                # Of every kind: attention waits for the layers of this load with no limit, so whatever went wrong, torch's
+            except Exception as error:  # of every kind:
+                # Attention waits for the layers of this load with no limit, so whatever went wrong, torch's
                 # and the driver's errors too, must reach the counter. That hands it on, and these requests are aborted.
                 logger.error("lmcache: a load failed", exc_info=error)
                 self.counter.fail(batch.index, error)

@@ -10,6 +10,7 @@ import http.client
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -52,19 +53,30 @@ class ChatClient:
     def ask(self, messages: Sequence[Message], max_tokens: int) -> Reply:
         """Raises `DemoFailed` if the server refuses, goes away or leaves out its token counts."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout)
-        body = json.dumps(_request(messages, max_tokens))
-        headers = {"Content-Type": "application/json"}
         begun = time.perf_counter()
-        try:
-            connection.request("POST", "/v1/chat/completions", body, headers)
-            answer = connection.getresponse()
-            if answer.status != http.client.OK:
-                raise DemoFailed(f"HTTP {answer.status}: {answer.read().decode(errors='replace')}")
+        with answered(connection, "/v1/chat/completions", _request(messages, max_tokens)) as answer:
             return read_reply(answer, begun)
-        except (OSError, http.client.HTTPException) as error:
-            raise DemoFailed(f"the server broke off the answer: {error!r}") from error
-        finally:
-            connection.close()
+
+
+@contextmanager
+def answered(
+    connection: http.client.HTTPConnection, path: str, request: Any
+) -> Iterator[http.client.HTTPResponse]:
+    """The answer to a request, whose stream may still come; the connection is closed after the block.
+
+    Raises:
+        DemoFailed: the server refuses, or breaks off, also within the block.
+    """
+    try:
+        connection.request("POST", path, json.dumps(request), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        if answer.status != http.client.OK:
+            raise DemoFailed(f"HTTP {answer.status}: {answer.read().decode(errors='replace')}")
+        yield answer
+    except (OSError, http.client.HTTPException) as error:
+        raise DemoFailed(f"the server broke off the answer: {error!r}") from error
+    finally:
+        connection.close()
 
 
 def read_reply(lines: Iterable[bytes], begun: float) -> Reply:

@@ -104,10 +104,14 @@ def compare(scripts: Iterable[Script], cold: Round, warm: Round) -> Report:
 
 def table(report: Report) -> str:
     """Plain text, at most 100 columns."""
-    lines = [TOP, HEAD, *(_cells(row) for row in report.rows)]
+    return drawn([TOP, HEAD, *(_cells(row) for row in report.rows)])
+
+
+def drawn(lines: Sequence[Sequence[str]]) -> str:
+    """A table. Args: lines: two of headings, and then the rows."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    drawn = [_draw(line, widths) for line in lines]
-    return "\n".join([*drawn[:2], "-" * len(drawn[1]), *drawn[2:]])
+    top, head, *rows = (_draw(line, widths) for line in lines)
+    return "\n".join([top, head, "-" * len(head), *rows])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import http.client
-import json
 import re
 import time
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from examples.demo.client import Cached, events
+from examples.demo.client import Cached, answered, events
 from examples.demo.errors import DemoFailed
 
 SECONDS = 600.0  # without a byte of the answer
@@ -36,18 +35,10 @@ def ask(url: str, prompt: str, new_tokens: int) -> Reply:
     assert where.hostname is not None
     connection = http.client.HTTPConnection(where.hostname, where.port, timeout=SECONDS)
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    body = json.dumps({"text": prompt, "sampling_params": sampling, "stream": True})
+    request = {"text": prompt, "sampling_params": sampling, "stream": True}
     begun = time.perf_counter()
-    try:
-        connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        if answer.status != http.client.OK:
-            raise DemoFailed(f"HTTP {answer.status}: {answer.read().decode(errors='replace')}")
+    with answered(connection, "/generate", request) as answer:
         return _read(answer, begun)
-    except (OSError, http.client.HTTPException) as error:
-        raise DemoFailed(f"the server broke off the answer: {error!r}") from error
-    finally:
-        connection.close()
 
 
 def _read(answer: http.client.HTTPResponse, begun: float) -> Reply:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from examples.demo.report import drawn
 from examples.demo.server import restorable
 from examples.prefill_decode.client import Reply
 from examples.prefill_decode.proxy import Outcome
@@ -77,10 +78,7 @@ class Report:
 
 def table(report: Report) -> str:
     """Plain text, at most 100 columns."""
-    lines = [TOP, HEAD, *(_cells(row) for row in report.rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    drawn = [_draw(line, widths) for line in lines]
-    return "\n".join([*drawn[:2], "-" * len(drawn[1]), *drawn[2:]])
+    return drawn([TOP, HEAD, *(_cells(row) for row in report.rows)])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -93,8 +91,3 @@ def _cells(row: Row) -> tuple[str, ...]:
         *(f"{s * 1e3:,.0f} ms" for s in (row.alone.ttft, pair.prefill, pair.handover, pair.ttft)),
         "yes" if row.same else "NO",
     )
-
-
-def _draw(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-    return "  ".join([first.strip().ljust(widths[0]), *others])
