@@ -120,6 +120,7 @@ def test_a_node_that_is_not_in_the_file_is_not_asked(
 ) -> None:
     """Nor is it let in: A has the pages, and B's key, but B has none of A's."""
     ask(pair.a, UNSHARED)
+    until(lambda: len(pair.stored_by_a()) >= len(UNSHARED) // PAGE_SIZE)
     answer = ask(pair.b, UNSHARED)
     assert answer.storage == 0
     assert answer.tokens == right[1]
