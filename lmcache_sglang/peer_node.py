@@ -23,6 +23,7 @@ from .storage.peers.agent import Agent, Parts
 from .storage.peers.auth import Doorkeeper
 from .storage.peers.directory import HEADS_BYTES, Directory
 from .storage.peers.holdings import Holdings
+from .storage.peers.in_place import InPlace
 from .storage.peers.keys import NO_KEYS
 from .storage.peers.link import Times
 from .storage.peers.membership import Known, Membership
@@ -137,7 +138,8 @@ class PeerNode:
         below = self._lower if self._promotes else None
         staging = Staging(self._upper, below, self._shared)
         memory, rate = int(limits.in_flight), int(limits.bandwidth)
-        return PageServer(chain, serving, staging, memory, rate, time.monotonic())
+        in_place = InPlace(self._upper)
+        return PageServer(chain, serving, staging, in_place, memory, rate, time.monotonic())
 
     def _bound(self, parts: Parts, settings: PeerSettings) -> Agent:
         """An agent that listens. The one before it may not have let go of the address yet."""

@@ -17,6 +17,7 @@ from ..storage.peers.agent import Agent, Parts
 from ..storage.peers.auth import Doorkeeper
 from ..storage.peers.directory import Directory
 from ..storage.peers.holdings import Holdings
+from ..storage.peers.in_place import InPlace
 from ..storage.peers.keys import NO_KEYS, KeyPair
 from ..storage.peers.link import Times
 from ..storage.peers.membership import Known, Membership
@@ -83,6 +84,7 @@ class LoopbackNode:
             Chain(upper, lower, promotion="never") if tiers else NoPages(),
             Serving(ways.shares, ways.requests),
             self.staging,
+            InPlace(upper),
             ways.in_flight,
             ways.bandwidth,
             time.monotonic(),

@@ -1,7 +1,9 @@
 // SlabStore as Python sees it: one call a batch, the GIL released while it works.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -200,6 +202,25 @@ nb::bytes tags(SlabStore& store, const std::optional<std::vector<nb::bytes>>& sp
   return nb::bytes(tags.data(), tags.size() * sizeof(uint64_t));
 }
 
+std::shared_ptr<Shown> show(SlabStore& store, const nb::list& key_objects,
+                            const std::vector<uint64_t>& sizes, double seconds) {
+  const auto keys = keys_of(key_objects);
+  if (keys.size() != sizes.size()) throw nb::value_error("keys and sizes must be equally many");
+  nb::gil_scoped_release unlocked;
+  return store.show(keys, sizes, deadline_in(seconds));
+}
+
+// Of each page: its place among those asked for, its address and its checksum.
+std::vector<std::tuple<size_t, uint64_t, uint64_t>> pages_of(const Shown& shown) {
+  std::vector<std::tuple<size_t, uint64_t, uint64_t>> pages;
+  for (size_t i = 0; i < shown.pages.size(); ++i) {
+    const Lent& page = shown.pages[i];
+    pages.emplace_back(shown.places[i], reinterpret_cast<uint64_t>(page.page.address),
+                       page.checksum);
+  }
+  return pages;
+}
+
 nb::dict counts(SlabStore& store) {
   const Counts counts = store.counts();
   nb::dict result;
@@ -265,6 +286,7 @@ void bind_failure(nb::module_& m) {
 
 void bind_slab(nb::module_& m) {
   bind_failure(m);
+  nb::class_<Shown>(m, "Shown").def_prop_ro("pages", &pages_of);
   nb::class_<SlabStore>(m, "SlabStore")
       .def(
           "__init__",
@@ -290,6 +312,13 @@ void bind_slab(nb::module_& m) {
       .def("counts", &counts)
       .def("check", &check, "repair"_a, "seconds"_a)
       .def("spill", &spill_into, "lower"_a, "bytes_most"_a, "seconds"_a)
+      .def("show", &show, "keys"_a, "sizes"_a, "seconds"_a)
+      .def(
+          "unshow",
+          [](SlabStore& store, const Shown& shown, double seconds) {
+            store.unshow(shown, deadline_in(seconds));
+          },
+          "shown"_a, "seconds"_a, kUnlocked)
       .def(
           "queue_unspilled",
           [](SlabStore& store, bool touched_only, uint64_t bytes_most, double seconds) {

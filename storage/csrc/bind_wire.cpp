@@ -171,49 +171,25 @@ class Acceptor {
   FrameAcceptor acceptor_;
 };
 
-using PageTuple = std::tuple<uint64_t, uint64_t, uint64_t>;  // place, offset, bytes
+using PageTuple = std::tuple<uint64_t, uint64_t, uint64_t, uint64_t>;  // place, address, bytes, sum
 
-std::vector<OutgoingPage> pages_within(const SendBuffer& buffer,
-                                       const std::vector<PageTuple>& given, uint64_t frame) {
-  if (frame == 0) throw nb::value_error("a frame has bytes");
+std::vector<OutgoingPage> pages_of(const SendBuffer& buffer, const std::vector<PageTuple>& given) {
   std::vector<OutgoingPage> pages;
-  for (const auto& [place, offset, bytes] : given) {
-    if (offset > buffer.size() || bytes > buffer.size() - offset)
-      throw nb::value_error("a page lies beyond its buffer");
-    pages.push_back({place, offset, bytes});
+  for (const auto& [place, address, bytes, checksum] : given) {
+    auto* const at = reinterpret_cast<uint8_t*>(address);
+    if (!buffer.has(at, bytes)) throw nb::value_error("a page lies beyond its buffer");
+    pages.push_back({place, at, bytes, checksum});
   }
   return pages;
 }
 
-size_t frames_of(const std::vector<OutgoingPage>& pages, uint64_t frame) {
-  size_t frames = 0;
-  for (const OutgoingPage& page : pages) frames += lmcache::frames_of(page.bytes, frame);
-  return frames;
-}
-
-std::vector<uint64_t> frame_checksums(const SendBuffer& buffer, const std::vector<PageTuple>& given,
-                                      const nb::list& key_objects, uint64_t frame) {
-  const auto pages = pages_within(buffer, given, frame);
-  const auto keys = keys_of(key_objects);
-  if (keys.size() != pages.size()) throw nb::value_error("keys and pages must be equally many");
-  std::vector<uint64_t> checksums;
-  nb::gil_scoped_release unlocked;
-  checksums.reserve(frames_of(pages, frame));
-  for (size_t i = 0; i < pages.size(); ++i)
-    add_frame_checksums({buffer.address() + pages[i].offset, pages[i].bytes},
-                        page_seed(keys[i].view()), frame, checksums);
-  return checksums;
-}
-
 std::pair<int, size_t> send(const Libzmq& zmq, uint64_t socket, const nb::bytes& route,
                             uint64_t request, const std::shared_ptr<SendBuffer>& buffer,
-                            const std::vector<PageTuple>& given, uint64_t frame,
-                            const std::vector<uint64_t>& checksums, size_t first) {
+                            const std::vector<PageTuple>& given, uint64_t frame, size_t first) {
   if (socket == 0) throw nb::value_error("the socket is closed");
-  const auto pages = pages_within(*buffer, given, frame);
-  if (checksums.size() != frames_of(pages, frame))
-    throw nb::value_error("there must be one checksum for each frame");
-  const Outgoing outgoing{view(route), request, buffer, pages, frame, checksums};
+  if (frame == 0) throw nb::value_error("a frame has bytes");
+  const auto pages = pages_of(*buffer, given);
+  const Outgoing outgoing{view(route), request, buffer, pages, frame};
   SendOutcome outcome;
   {
     nb::gil_scoped_release unlocked;
@@ -230,11 +206,13 @@ void bind_wire(nb::module_& m) {
       .def_prop_ro("address",
                    [](const SendBuffer& b) { return reinterpret_cast<uint64_t>(b.address()); })
       .def_prop_ro("size", &SendBuffer::size)
+      .def("keep", &SendBuffer::keep, "shown"_a)
       .def_prop_ro("in_use", [](const SendBuffer& b) { return b.frames() > 0; });
   nb::class_<SendPool>(m, "SendPool")
       .def(nb::init<size_t>(), "bytes_most"_a)
       .def("take", &SendPool::take, "size"_a, "owner"_a = 0, Unlocked())
       .def("bytes_lent_to", &SendPool::bytes_lent_to, "owner"_a)
+      .def("seen", &SendPool::seen)
       .def("fileno", &SendPool::bell)
       .def("hear", &SendPool::hear)
       .def_prop_ro("bytes_lent", &SendPool::bytes_lent);
@@ -246,7 +224,6 @@ void bind_wire(nb::module_& m) {
       .def("came", &Acceptor::came);
   m.def("fetch_pages", &fetch, "zmq"_a, "streams"_a, "keys"_a, "addresses"_a, "sizes"_a,
         "per_page"_a, "seconds"_a, "cancel"_a.none() = nb::none());
-  m.def("frame_checksums", &frame_checksums, "buffer"_a, "pages"_a, "keys"_a, "frame"_a);
   m.def("send_frames", &send, "zmq"_a, "socket"_a, "route"_a, "request"_a, "buffer"_a, "pages"_a,
-        "frame"_a, "checksums"_a, "first"_a);
+        "frame"_a, "first"_a);
 }

@@ -25,7 +25,7 @@ using Clock = std::chrono::steady_clock;
 using Deadline = Clock::time_point;
 
 inline constexpr uint32_t kNone = 0xFFFFFFFF;
-inline constexpr uint32_t kControlVersion = 2;
+inline constexpr uint32_t kControlVersion = 3;
 inline constexpr uint32_t kSlotsMost = 16384;  // in one slab
 inline constexpr uint32_t kClasses = 48;
 inline constexpr uint32_t kSpaces = 256;
@@ -42,6 +42,8 @@ enum Flag : uint8_t {
   kOnce = 4,       // used since it came
   kAgain = 8,      // and once more
   kHeld = 16,      // not for the tier below until one of its descendants is
+  kShown = 32,     // with kSpilling: its owner only lets others read it, in place
+  kAsked = 64,     // while it is shown, somebody asked to write it below
 };
 
 struct Slot {

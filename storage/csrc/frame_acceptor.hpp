@@ -1,13 +1,18 @@
 // Takes the frames that come for one `Get`, in any order, into the pages they belong to.
 //
 // A peer is believed in nothing: each frame is held against what was asked before a byte of it is
-// written, and its checksum is computed while it is copied. So whatever comes, only memory of the
-// pages asked for is written, each frame of a page at most once, and never after the page is
+// written, and a page's checksum is computed while it is copied. So whatever comes, only memory of
+// the pages asked for is written, each frame of a page at most once, and never after the page is
 // settled.
+//
+// A frame that continues the page begun last is hashed as it is copied, which is how servers send
+// them. What came out of order is hashed where it lies, once its page is complete.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -39,7 +44,7 @@ enum class Verdict : uint8_t {
   Taken,      // a frame, whole and right
   Completed,  // the last frame that its page lacked
   Without,    // pages that do not come
-  Corrupt,    // a frame whose bytes are not those of its checksum: the page is lost
+  Corrupt,    // a page whose bytes are not those of its checksum, or that was given two: it is lost
   NotUnderstood,
   Foreign,    // of another request
   Misplaced,  // no such page, or no frame begins there
@@ -50,22 +55,21 @@ enum class Verdict : uint8_t {
 
 inline bool is_useful(Verdict verdict) { return verdict <= Verdict::Without; }
 
-// Copies a piece of a page to its place; returns the checksum of what the page holds there.
-inline uint64_t scatter_at(std::span<const uint8_t> piece, uint64_t offset,
-                           std::span<const Segment> page, uint64_t seed) {
-  HashingCopy out(seed, piece.size());
+// Calls with each part of the page's memory from `offset` on, for `bytes` of it.
+template <class Visit>
+void for_parts_of(std::span<const Segment> page, uint64_t offset, uint64_t bytes,
+                  const Visit& visit) {
   for (const Segment& segment : page) {
-    if (piece.empty()) break;
+    if (bytes == 0) return;
     if (offset >= segment.bytes) {
       offset -= segment.bytes;
       continue;
     }
-    const size_t n = std::min<size_t>(piece.size(), segment.bytes - offset);
-    out.copy(segment.address + offset, piece.data(), n);
-    piece = piece.subspan(n);
+    const size_t n = std::min<uint64_t>(bytes, segment.bytes - offset);
+    visit(segment.address + offset, n);
+    bytes -= n;
     offset = 0;
   }
-  return out.finish();
 }
 
 // A page that was asked for. `memory` must stay valid.
@@ -83,13 +87,17 @@ class FrameAcceptor {
     for (const WantedPage& page : wanted) {
       const uint64_t bytes = bytes_of(page.memory);
       const uint64_t count = bytes / frame + (bytes % frame != 0);
-      pages_.push_back({page, bytes, frames, count, count == 0 ? Came::Hit : Came::Waiting});
+      const Came came = count == 0 ? Came::Hit : Came::Waiting;
+      pages_.push_back({page, bytes, frames, count, count, 0, came});
       frames += count;
       bytes_ += bytes;
       waiting_ += count != 0;
     }
     taken_.resize(frames);
   }
+
+  FrameAcceptor(const FrameAcceptor&) = delete;
+  FrameAcceptor& operator=(const FrameAcceptor&) = delete;
 
   bool all_settled() const { return waiting_ == 0; }
   uint64_t bytes() const { return bytes_; }  // of all pages
@@ -130,7 +138,9 @@ class FrameAcceptor {
     WantedPage wanted;
     uint64_t bytes;
     uint64_t first_frame;  // its place in taken_
-    uint64_t lacking;      // frames
+    uint64_t frames;
+    uint64_t lacking;   // frames
+    uint64_t checksum;  // as its first frame told
     Came came;
   };
 
@@ -141,13 +151,47 @@ class FrameAcceptor {
     const uint64_t at = page.first_frame + offset / frame_;
     if (taken_[at]) return Verdict::Repeated;
     taken_[at] = true;
-    if (scatter_at(payload, offset, page.wanted.memory, page.wanted.seed + offset) != checksum) {
-      settle(page, Came::Corrupt);
-      return Verdict::Corrupt;
-    }
+    if (page.lacking == page.frames) page.checksum = checksum;
+    if (page.checksum != checksum) return lose(page);
+    copy(page, offset, payload);
     if (--page.lacking > 0) return Verdict::Taken;
+    if (hash_of(page) != page.checksum) return lose(page);
     settle(page, Came::Hit);
     return Verdict::Completed;
+  }
+
+  Verdict lose(Page& page) {
+    settle(page, Came::Corrupt);
+    return Verdict::Corrupt;
+  }
+
+  void copy(const Page& page, uint64_t offset, std::span<const uint8_t> payload) {
+    if (offset == 0) begin(page);
+    const bool continues = running_ == &page && offset == hashed_;
+    const uint8_t* from = payload.data();
+    for_parts_of(page.wanted.memory, offset, payload.size(), [&](uint8_t* to, size_t n) {
+      if (continues)
+        hash_->copy(to, from, n);
+      else
+        std::memcpy(to, from, n);
+      from += n;
+    });
+    if (continues) hashed_ += payload.size();
+  }
+
+  // What comes of this page from its first byte on is hashed; of no other page at the same time.
+  void begin(const Page& page) {
+    hash_.emplace(page.wanted.seed, page.bytes);
+    running_ = &page;
+    hashed_ = 0;
+  }
+
+  uint64_t hash_of(const Page& page) {
+    if (running_ != &page) begin(page);
+    running_ = nullptr;
+    for_parts_of(page.wanted.memory, hashed_, page.bytes - hashed_,
+                 [&](const uint8_t* at, size_t n) { hash_->read(at, n); });
+    return hash_->finish();
   }
 
   Verdict do_without(std::span<Page> pages, uint64_t why) {
@@ -171,6 +215,9 @@ class FrameAcceptor {
   const uint64_t frame_;
   std::vector<Page> pages_;
   std::vector<bool> taken_;  // by frame, page after page
+  std::optional<HashingCopy> hash_;
+  const Page* running_ = nullptr;  // the page that it is of
+  uint64_t hashed_ = 0;            // bytes of that page
   uint64_t bytes_ = 0;
   size_t waiting_ = 0;  // pages
 };

@@ -77,7 +77,7 @@ void Inspection::count(const Slot& slot, uint64_t bytes) {
   bytes_ += live ? bytes : 0;
   reserved_ += reserved;
   reserved_bytes_ += reserved ? bytes : 0;
-  spilling_bytes_ += spilling ? bytes : 0;
+  spilling_bytes_ += spilling && !(slot.flags & kShown) ? bytes : 0;
   dirty_bytes_ += slot.queue == Queue::Dirty ? bytes : 0;
   if (slot.space < kSpaces) {
     ++pages_in_[slot.space];

@@ -1,6 +1,5 @@
 #include "page_send.hpp"
 
-#include "../../kernels/csrc/pages.hpp"
 #include "wire.hpp"
 
 namespace lmcache {
@@ -39,9 +38,9 @@ class FrameSender {
       : zmq_(zmq), socket_(socket), outgoing_(outgoing) {}
 
   // A ROUTER that took the route takes the rest: it looks for room only there.
-  int send(const OutgoingPage& page, uint64_t offset, uint64_t checksum) {
+  int send(const OutgoingPage& page, uint64_t offset) {
     ZmqPart route(zmq_), body(zmq_), payload(zmq_);
-    const wire::Body message({wire::kPage, outgoing_.request, page.page, offset, checksum});
+    const wire::Body message({wire::kPage, outgoing_.request, page.page, offset, page.checksum});
     if (const int error = route.copy(bytes_of(outgoing_.route))) return error;
     if (const int error = body.copy(message.bytes())) return error;
     if (const int error = refer(payload, page, offset)) return error;
@@ -53,9 +52,8 @@ class FrameSender {
  private:
   int refer(ZmqPart& payload, const OutgoingPage& page, uint64_t offset) {
     auto held = std::make_unique<Held>(outgoing_.buffer);
-    uint8_t* const begin = outgoing_.buffer->address() + page.offset + offset;
-    const int error =
-        payload.refer({begin, std::min(outgoing_.frame, page.bytes - offset)}, &let_go, held.get());
+    const uint64_t bytes = std::min(outgoing_.frame, page.bytes - offset);
+    const int error = payload.refer({page.address + offset, bytes}, &let_go, held.get());
     if (error == 0) held.release();
     return error;
   }
@@ -67,20 +65,13 @@ class FrameSender {
 
 }  // namespace
 
-void add_frame_checksums(std::span<const uint8_t> page, uint64_t seed, uint64_t frame,
-                         std::vector<uint64_t>& checksums) {
-  for (uint64_t offset = 0; offset < page.size(); offset += frame)
-    checksums.push_back(checksum(
-        page.subspan(offset, std::min<uint64_t>(frame, page.size() - offset)), seed + offset));
-}
-
 SendOutcome send_frames(const Libzmq& zmq, void* socket, const Outgoing& outgoing, size_t first) {
   FrameSender sender(zmq, socket, outgoing);
   size_t number = 0;
   for (const OutgoingPage& page : outgoing.pages) {
     for (uint64_t offset = 0; offset < page.bytes; offset += outgoing.frame, ++number) {
       if (number < first) continue;
-      if (const int error = sender.send(page, offset, outgoing.checksums[number]))
+      if (const int error = sender.send(page, offset))
         return {sent_after(error), number};
     }
   }

@@ -12,11 +12,12 @@
 
 namespace lmcache {
 
-// A page that lies in a buffer, in one piece.
+// A page that lies in one piece, in the buffer or where it is shown.
 struct OutgoingPage {
   uint64_t page;  // its place in the `Get`
-  uint64_t offset;
+  uint8_t* address;
   uint64_t bytes;
+  uint64_t checksum;
 };
 
 // How a call ended. peers/frames.py has the same numbers, and says what they mean.
@@ -27,22 +28,13 @@ struct SendOutcome {
   size_t frames;  // of all pages together, those of earlier calls as well
 };
 
-inline uint64_t frames_of(uint64_t bytes, uint64_t frame) {
-  return bytes / frame + (bytes % frame != 0);
-}
-
-// Of each frame of a page that lies in one piece.
-void add_frame_checksums(std::span<const uint8_t> page, uint64_t seed, uint64_t frame,
-                         std::vector<uint64_t>& checksums);
-
 // One answer to a `Get`: frames of some pages, to one receiver.
 struct Outgoing {
   std::string_view route;  // the receiver's identity
   uint64_t request;
   std::shared_ptr<SendBuffer> buffer;
-  std::span<const OutgoingPage> pages;  // within the buffer
+  std::span<const OutgoingPage> pages;  // that the buffer has
   uint64_t frame;
-  std::span<const uint64_t> checksums;  // one a frame, page after page
 };
 
 // Sends what libzmq takes at once, from frame `first` on. The socket is a ROUTER that says so when

@@ -8,19 +8,31 @@
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "buffers.hpp"
+#include "slab_store.hpp"
 
 namespace lmcache {
 
-// libzmq refers to it frame by frame, and lets go of each from a thread of its own.
-class SendBuffer {
+// libzmq refers to it frame by frame, and lets go of each from a thread of its own. Pages that can
+// be sent from where they lie are shown instead; then it is what counts them, and what they wait
+// for.
+class SendBuffer : public std::enable_shared_from_this<SendBuffer> {
  public:
   explicit SendBuffer(size_t bytes) : memory_(io::huge_bytes(bytes)), bytes_(bytes) {}
 
   uint8_t* address() const { return memory_.get(); }
   size_t size() const { return bytes_; }
+
+  // Once, before the first frame.
+  void keep(std::shared_ptr<const Shown> shown) { shown_ = std::move(shown); }
+  // Whether this lies in it, or is one of the pages shown.
+  bool has(const uint8_t* at, uint64_t bytes) const {
+    const uint64_t offset = reinterpret_cast<uint64_t>(at) - reinterpret_cast<uint64_t>(address());
+    return (offset <= bytes_ && bytes <= bytes_ - offset) || (shown_ && shown_->holds(at, bytes));
+  }
 
   // Frames that libzmq still has. Their bytes must not change.
   uint64_t frames() const { return frames_.load(std::memory_order_acquire); }
@@ -31,6 +43,7 @@ class SendBuffer {
   friend class SendPool;
   io::AlignedBytes memory_;
   const size_t bytes_;
+  std::shared_ptr<const Shown> shown_;
   std::atomic<uint64_t> frames_{0};
   SendBuffer* next_ = nullptr;  // of those that came back
   uint64_t owner_ = 0;          // for whom it was taken
@@ -60,6 +73,9 @@ class SendPool {
   size_t bytes_lent() const { return shelf_->bytes_lent(); }
   // Of those that were taken for one owner, and have not come back whatever it says.
   size_t bytes_lent_to(uint64_t owner) const { return shelf_->bytes_lent_to(owner); }
+
+  // What was shown with buffers that have come back since the last call.
+  std::vector<std::shared_ptr<const Shown>> seen() const { return shelf_->seen(); }
 
   // Is readable, as poll(2) means it, once a buffer came back after the last `hear`.
   int bell() const { return shelf_->bell.number(); }
@@ -120,6 +136,12 @@ class SendPool {
       return found == lent.end() ? 0 : found->second;
     }
 
+    std::vector<std::shared_ptr<const Shown>> seen() {
+      const std::lock_guard lock(mutex);
+      collect();
+      return std::exchange(done_with, {});
+    }
+
     void collect() {
       SendBuffer* each = returned.exchange(nullptr, std::memory_order_acquire);
       while (each) {
@@ -127,6 +149,7 @@ class SendPool {
         each = buffer->next_;
         const auto account = lent.find(buffer->owner_);
         if ((account->second -= buffer->size()) == 0) lent.erase(account);
+        if (buffer->shown_) done_with.push_back(std::move(buffer->shown_));
         free.push_back(std::move(buffer));
       }
     }
@@ -158,6 +181,7 @@ class SendPool {
     std::atomic<SendBuffer*> returned{nullptr};
     std::mutex mutex;  // of all below; never taken by libzmq's threads
     Buffers free;
+    std::vector<std::shared_ptr<const Shown>> done_with;
     size_t made = 0;                            // bytes of all buffers that there are
     std::unordered_map<uint64_t, size_t> lent;  // bytes, by owner
   };

@@ -540,6 +540,7 @@ size_t SlabStore::reclaim(uint16_t owner) {
   for_each_slot([&](uint32_t number, Slot& slot) {
     if (slot.owner != owner) return;
     ++freed;
+    if (slot.flags & kShown) return take_back(number);
     if (slot.flags & kSpilling) {
       unhold(number);
       if (slot.state == State::Live) return make_dirty(number);
@@ -581,6 +582,10 @@ void SlabStore::delist(uint32_t number) {
 // Puts a live page among those that are to be written below.
 void SlabStore::make_dirty(uint32_t number) {
   Slot& slot = control_.slot(number);
+  if (slot.flags & kShown) {
+    slot.flags.fetch_or(kAsked);
+    return;
+  }
   slot.flags.fetch_and(static_cast<uint8_t>(~(kUnspilled | kHeld)));
   if (slot.state != State::Live || slot.queue == Queue::Dirty || (slot.flags & kSpilling) != 0)
     return;

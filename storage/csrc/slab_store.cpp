@@ -428,7 +428,7 @@ std::vector<Lent> SlabStore::lend(uint64_t bytes_most, Deadline deadline) {
     if (!lent.empty() && (bytes + entry.length > bytes_most || lent.size() == kIndexBatch)) break;
     bytes += entry.length;
     delist(slot);
-    hold(slot);
+    hold(slot, kSpilling);
     auto* data = const_cast<uint8_t*>(medium_->address(entry.offset));
     lent.push_back(
         {key, slot, entry.generation, {data, entry.length}, entry.checksum, entry.parent});
@@ -437,20 +437,96 @@ std::vector<Lent> SlabStore::lend(uint64_t bytes_most, Deadline deadline) {
 }
 
 // From the policy's point of view a page that is being written below is held by its writer.
-void SlabStore::hold(uint32_t number) {
+void SlabStore::hold(uint32_t number, uint8_t flags) {
   Slot& slot = control_.slot(number);
   slot.owner = owners_.self();
-  slot.flags.fetch_or(kSpilling);
+  slot.flags.fetch_or(flags);
   ++control_.owner(owners_.self()).held;
-  control_.header().spilling_bytes += control_.slot_bytes(number);
+  if ((flags & kShown) == 0) control_.header().spilling_bytes += control_.slot_bytes(number);
 }
 
 void SlabStore::unhold(uint32_t number) {
   Slot& slot = control_.slot(number);
   --control_.owner(slot.owner).held;
   slot.owner = 0;
-  slot.flags.fetch_and(static_cast<uint8_t>(~kSpilling));
-  control_.header().spilling_bytes -= control_.slot_bytes(number);
+  const uint8_t was = slot.flags.fetch_and(static_cast<uint8_t>(~(kSpilling | kShown | kAsked)));
+  if ((was & kShown) == 0) control_.header().spilling_bytes -= control_.slot_bytes(number);
+}
+
+bool Shown::holds(const uint8_t* at, uint64_t bytes) const {
+  return std::any_of(pages.begin(), pages.end(), [&](const Lent& page) {
+    return at == page.page.address && bytes == page.page.bytes;
+  });
+}
+
+std::shared_ptr<Shown> SlabStore::show(std::span<const Key> keys, std::span<const uint64_t> bytes,
+                                       Deadline deadline) {
+  auto shown = std::make_shared<Shown>();
+  if (medium_->address(0) == nullptr) return shown;
+  shown->medium = medium_;
+  shown->pages.reserve(keys.size());  // not once slots are held: it may fail
+  shown->places.reserve(keys.size());
+  const Change change(*this, deadline);
+  const Index::Read snapshot(index_);
+  const uint32_t now = tick();
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const Found found = snapshot.find(keys[i]);
+    if (!may_be_shown(found, bytes[i])) continue;
+    const Entry& entry = found.entry;
+    const uint32_t slot = slot_of(entry);
+    delist(slot);
+    hold(slot, kSpilling | kShown);
+    touch(slot, now);
+    auto* data = const_cast<uint8_t*>(medium_->address(entry.offset));
+    shown->pages.push_back(
+        {keys[i], slot, entry.generation, {data, entry.length}, entry.checksum, entry.parent});
+    shown->places.push_back(i);
+  }
+  return shown;
+}
+
+bool SlabStore::may_be_shown(const Found& found, uint64_t bytes) {
+  const bool here = found.kind == Found::Kind::Present && found.entry.length == bytes;
+  const uint32_t number = here ? slot_of(found.entry) : kNone;
+  if (number == kNone) return false;
+  const Slot& slot = control_.slot(number);
+  return slot.state == State::Live && slot.generation == found.entry.generation &&
+         slot.queue != Queue::Dirty && (slot.flags & kSpilling) == 0;
+}
+
+void SlabStore::unshow(const Shown& shown, Deadline deadline) {
+  if (shown.pages.empty()) return;
+  try {
+    const Change change(*this, deadline);
+    for (const Lent& page : shown.pages) unshow_one(page);
+  } catch (const Failure&) {  // the next change of this process takes them back
+    const std::lock_guard guard(abandoned_lock_);
+    for (const Lent& page : shown.pages) unsettled_.emplace_back(page, Stored::Present);
+    throw;
+  }
+  advance(control_.header().room);
+}
+
+void SlabStore::unshow_one(const Lent& page) {
+  if (is_lent(page)) take_back(page.slot);
+}
+
+// A slot that was shown is as any other again.
+void SlabStore::take_back(uint32_t number) {
+  Slot& slot = control_.slot(number);
+  const bool asked = (slot.flags & kAsked) != 0;
+  unhold(number);
+  if (slot.state == State::Reserved) return free_slot(number);
+  if (!asked) return enlist(number);
+  make_dirty(number);
+  wake();
+}
+
+// Whether it is in this process's hands still; all may have been made anew meanwhile.
+bool SlabStore::is_lent(const Lent& page) {
+  const Slot& slot = control_.slot(page.slot);
+  return slot.owner == owners_.self() && slot.generation == page.generation &&
+         (slot.flags & kSpilling) != 0 && control_.is_of_its_slab(page.slot);
 }
 
 std::vector<Key> SlabStore::settle(std::span<const Lent> pages, std::span<const Stored> outcome,
@@ -475,10 +551,12 @@ std::vector<Key> SlabStore::settle(std::span<const Lent> pages, std::span<const 
 
 // False when the page was forgotten while it was being written.
 bool SlabStore::settle_one(const Lent& page, Stored outcome) {
+  if (!is_lent(page)) return is_here(page);
   Slot& slot = control_.slot(page.slot);
-  const bool ours = slot.owner == owners_.self() && slot.generation == page.generation &&
-                    (slot.flags & kSpilling) != 0 && control_.is_of_its_slab(page.slot);
-  if (!ours) return is_here(page);  // all was made anew meanwhile
+  if (slot.flags & kShown) {
+    take_back(page.slot);
+    return true;
+  }
   unhold(page.slot);
   if (slot.state == State::Reserved) {
     free_slot(page.slot);
@@ -514,7 +592,7 @@ size_t SlabStore::queue_unspilled(bool touched_only, uint64_t bytes_most, Deadli
   size_t queued = 0;
   for_each_slot([&](uint32_t number, Slot& slot) {
     if (slot.state != State::Live || (slot.flags & wanted) != wanted || bytes_most == 0) return;
-    if (slot.flags & kSpilling) return;
+    if ((slot.flags & kSpilling) && !(slot.flags & kShown)) return;
     bytes_most -= std::min(bytes_most, control_.slot_bytes(number));
     make_dirty(number);
     ++queued;

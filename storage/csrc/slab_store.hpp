@@ -78,7 +78,7 @@ struct Check {
   std::vector<std::string> problems;
 };
 
-// A page that is being written to the tier below, in place.
+// A page that is being written to the tier below, or shown, in place.
 struct Lent {
   Key key;
   uint32_t slot;
@@ -86,6 +86,14 @@ struct Lent {
   Segment page;
   uint64_t checksum;
   Tag parent;
+};
+
+// Pages that stay where they are for as long as somebody reads them there (`SlabStore::show`).
+struct Shown : std::enable_shared_from_this<Shown> {
+  std::vector<Lent> pages;
+  std::vector<size_t> places;        // of each, its place among those that were asked for
+  std::shared_ptr<Medium> medium;    // keeps the memory mapped
+  bool holds(const uint8_t* at, uint64_t bytes) const;
 };
 
 class SlabStore {
@@ -112,6 +120,12 @@ class SlabStore {
   // Those of the pages that were forgotten meanwhile: the tier below must forget them too.
   std::vector<Key> settle(std::span<const Lent> pages, std::span<const Stored> outcome,
                           Deadline deadline);
+  // Those of the pages that are here, of these lengths, and that nobody has in hand; where slots can
+  // be read in place. It counts as a use of them. Until `unshow` they are not evicted; removed, they
+  // keep their bytes. Nobody has verified them.
+  std::shared_ptr<Shown> show(std::span<const Key> keys, std::span<const uint64_t> bytes,
+                              Deadline deadline);
+  void unshow(const Shown& shown, Deadline deadline);
   size_t queue_unspilled(bool touched_only, uint64_t bytes_most, Deadline deadline);
   uint32_t work_seen() { return control_.header().work.load(); }
   bool wait_for_work(uint32_t seen, Deadline deadline);
@@ -233,7 +247,11 @@ class SlabStore {
   void end_reservation(uint32_t slot);
   void free_slot(uint32_t slot, bool suspect = false);
   size_t reclaim(uint16_t owner);
-  void hold(uint32_t slot);
+  bool may_be_shown(const Found& found, uint64_t bytes);
+  bool is_lent(const Lent& page);
+  void unshow_one(const Lent& page);
+  void take_back(uint32_t slot);
+  void hold(uint32_t slot, uint8_t flags);
   void unhold(uint32_t slot);
 
   void enlist(uint32_t slot);  // among those that may give way, if it may
@@ -268,7 +286,7 @@ class SlabStore {
   Control control_;
   Index index_;
   Owners owners_;
-  std::unique_ptr<Medium> medium_;
+  std::shared_ptr<Medium> medium_;
   std::unique_ptr<Policy> policy_;
   uint64_t damaged_at_open_ = 0;
   bool rebuild_next_ = false;                // under the mutex

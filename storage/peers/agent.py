@@ -36,6 +36,7 @@ from .messages import (
     TAG_BYTES,
     Cancel,
     Credit,
+    Doubt,
     Expect,
     Get,
     Message,
@@ -235,7 +236,7 @@ class Agent:
         message = decode(frame.bytes)
         key = str(frame.get("User-Id")) if self._parts.keys else ""
         match message:
-            case Get() | Credit() | Cancel() | Expect():
+            case Get() | Credit() | Cancel() | Expect() | Doubt():
                 if not self.node.membership.allows(key):  # it was allowed when it connected
                     self.passed_over += 1
                     self._parts.pages.gone(route)

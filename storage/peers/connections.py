@@ -93,9 +93,9 @@ class Connections:
                 return
         self.end(connection)
 
-    def end(self, connection: Connection) -> None:
-        """Close it, with whatever is still on its way."""
-        connection.socket.close(linger=0)
+    def end(self, connection: Connection, last_word_ms: int = 0) -> None:
+        """Close it, with whatever is still on its way. Args: last_word_ms: that what was sent last has to leave."""
+        connection.socket.close(linger=last_word_ms)
 
     def tidy(self) -> None:
         """Close those that nobody used for a while."""

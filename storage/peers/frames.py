@@ -1,11 +1,10 @@
 """Pages out to peers: from a server's memory to its ROUTER, without a copy.
 
-    pool.take(bytes) -> buffer         read pages into it
-    frame_checksums(buffer, ...)       by a worker thread: reads every byte
+    pool.take(bytes) -> buffer         read pages into it, or have it keep pages that are shown where they lie
     frames.send(socket)                by the thread that has the socket, as often as it takes
 
 libzmq refers to the buffer until the last of its frames has left, and keeps it alive that long; it comes back to
-its pool when the server let go of it, too.
+its pool when the server let go of it, too. What was shown with it is in `pool.seen()` then.
 """
 
 from __future__ import annotations
@@ -37,22 +36,12 @@ class Sent(IntEnum):
 
 
 class Outgoing(NamedTuple):
-    """A page that lies in a buffer. Attributes: place: in the `Get`. offset, bytes: in the buffer."""
+    """A page that lies in one piece. Attributes: place: in the `Get`. checksum: of the whole page, under its key."""
 
     place: int
-    offset: int
+    address: int
     bytes: int
-
-
-def frame_checksums(
-    buffer: SendBuffer, pages: Sequence[Outgoing], keys: Sequence[bytes], frame: int
-) -> list[int]:
-    """Of each frame of `frame` bytes, page after page. That of a page in one frame is the page's own.
-
-    Raises:
-        ValueError: the counts differ, or a page is not within the buffer.
-    """
-    return _native.frame_checksums(buffer, pages, list(keys), frame)
+    checksum: int
 
 
 @dataclass(slots=True)
@@ -62,7 +51,7 @@ class Frames:
     Attributes:
         route: whom they go to, as the ROUTER names it.
         request: its number.
-        checksums: one a frame, page after page.
+        pages: in the buffer, or shown with it.
         sent: frames that libzmq has.
     """
 
@@ -71,7 +60,6 @@ class Frames:
     buffer: SendBuffer
     pages: Sequence[Outgoing]
     frame: int
-    checksums: Sequence[int]
     sent: int = field(default=0, init=False)
 
     def send(self, socket: zmq.Socket[bytes]) -> Sent:
@@ -82,7 +70,7 @@ class Frames:
 
         Raises:
             ConfigError: libzmq cannot be used.
-            ValueError: the counts differ, a page is not within the buffer, or the socket is closed.
+            ValueError: the buffer does not have a page, or the socket is closed.
         """
         outcome, self.sent = _native.send_frames(
             libzmq(),
@@ -92,7 +80,6 @@ class Frames:
             self.buffer,
             self.pages,
             self.frame,
-            self.checksums,
             self.sent,
         )
         return Sent(outcome)

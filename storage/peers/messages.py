@@ -24,8 +24,9 @@ node's. `Nodes` tells of the nodes one knows, in answer to `Hello` and when they
 those whose keys it allows. `Goodbye` says that the node leaves: it is taken for gone at once, and nobody waits for it.
 
 Pages. On a data link, `Get` asks for pages by key and length. They come as `Page` frames of `Get.frame` bytes, the last one
-of a page shorter, in any order; each with its checksum, which is XXH3-64 of its bytes, seeded with that of the
-page's key plus the offset. `Without` says of pages that they do not come, and why. The server sends no more bytes than
+of a page shorter, in any order, though in that of the offsets they cost the receiver least; each with the checksum of the
+whole page as it was put, which is XXH3-64 of its bytes, seeded with that of the page's key. The receiver verifies pages, and
+tells by `Doubt` of those that are not what was put: the server, which may not have looked at them, does so then. `Without` says of pages that they do not come, and why. The server sends no more bytes than
 the receiver has given credit for, by `Get.credit` and then `Credit`; but always a page to its end. `Cancel` ends a request; frames
 that are under way still come, and carry a number that nobody waits for any more. `Expect` tells which pages will
 probably be asked for next, so that a disk is read meanwhile.
@@ -88,6 +89,7 @@ class Kind(IntEnum):
     CREDIT = 19
     CANCEL = 20
     EXPECT = 21
+    DOUBT = 22
 
 
 class Why(IntEnum):
@@ -222,7 +224,7 @@ class Page(_Message, frozen=True, tag=Kind.PAGE.value):
     Attributes:
         page: its place in the `Get`.
         offset: of the bytes in the page; a multiple of `Get.frame`.
-        checksum: of these bytes; see above.
+        checksum: of the whole page; see above.
     """
 
     request: Number
@@ -264,6 +266,14 @@ class Expect(_Message, frozen=True, tag=Kind.EXPECT.value):
     length: Annotated[int, Meta(ge=1, le=PAGE_MOST)]
 
 
+class Doubt(_Message, frozen=True, tag=Kind.DOUBT.value):
+    """Pages that came, and whose bytes their checksums do not fit. Attributes: as those of `Get`."""
+
+    version: Version
+    keys: Keys
+    lengths: Annotated[list[Annotated[int, Meta(ge=1, le=PAGE_MOST)]], Meta(max_length=PAGES_MOST)]
+
+
 Message: TypeAlias = Union[  # noqa: UP007  # msgspec reads it at run time
     Hello,
     Refused,
@@ -280,6 +290,7 @@ Message: TypeAlias = Union[  # noqa: UP007  # msgspec reads it at run time
     Credit,
     Cancel,
     Expect,
+    Doubt,
 ]
 
 _encoder = msgspec.msgpack.Encoder()
@@ -310,7 +321,7 @@ def version_of(hello: Hello) -> int:
 
 
 def split_keys(keys: bytes) -> list[bytes]:
-    """The keys of a `Get` or `Expect`. Raises: NotUnderstoodError: a piece of one is left over."""
+    """The keys of a `Get`, `Expect` or `Doubt`. Raises: NotUnderstoodError: a piece of one is left over."""
     if len(keys) % KEY_BYTES:
         raise NotUnderstoodError(f"{len(keys)} bytes are no keys")
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]

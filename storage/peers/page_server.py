@@ -1,4 +1,4 @@
-"""The agent's pages: requests go in, workers read, frames go out.
+"""The agent's pages: requests go in, workers read or show, frames go out.
 
 `Serving` says whose turn it is, `Staging` what could be read ahead when it is nobody's; here are the workers, the
 buffers and the rate. All is called by the thread that owns the socket, but for what a worker does.
@@ -7,27 +7,44 @@ buffers and the rate. All is called by the thread that owns the socket, but for 
 from __future__ import annotations
 
 import os
+import select
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from ctypes import c_char
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import zmq
 
-from ...kernels.pages import PageSegments
+from ...kernels.pages import PageSegments, checksums
 from ..base import Limits
+from ..slab.tier import Shown
 from .bucket import Bucket
-from .frames import Frames, Outgoing, SendBuffer, SendPool, Sent, frame_checksums
-from .messages import Cancel, Credit, Expect, Get, Why, Without, split_keys
+from .doubts import Doubted, Doubts
+from .frames import Frames, Outgoing, SendBuffer, SendPool, Sent
+from .in_place import InPlace
+from .messages import (
+    Cancel,
+    Credit,
+    Doubt,
+    Expect,
+    Get,
+    NotUnderstoodError,
+    Why,
+    Without,
+    split_keys,
+)
 from .serving import BATCH_BYTES, Batch, Passed, Serving
 from .staging import STAGE_BYTES, Expected, Staging
 
 UNIT = 2 << 20  # bytes; memory is lent in multiples of it
 OWNERS = (1 << 63) - 1
 READERS = 2  # threads
+CLOSE_SECONDS = 1.0  # that libzmq may take to let go of what it sends
 READ_SECONDS = 10.0  # that a batch may take to be read
 
 
@@ -58,15 +75,16 @@ class _Read:
 
 
 @dataclass(frozen=True, slots=True)
-class _ReadAhead:
-    """A worker has done what was expected."""
+class _Aside:
+    """A worker has done something that no request waits for."""
 
 
 class PageServer:
     """Answers requests for pages.
 
     Args:
-        memory: bytes for pages on their way; no page larger than that is sent.
+        in_place: for pages that need not be read at all.
+        memory: bytes for pages on their way, be they sent from where they lie; no page larger than that is sent.
         rate: bytes a second; 0: no limit.
     """
 
@@ -75,6 +93,7 @@ class PageServer:
         pages: Pages,
         serving: Serving,
         staging: Staging,
+        in_place: InPlace,
         memory: int,
         rate: int,
         now: float,
@@ -87,10 +106,12 @@ class PageServer:
         serving.batch_most = min(BATCH_BYTES, self._largest)
         serving.has_room = self._has_room
         staging.part_most = min(STAGE_BYTES, self._largest)
+        self._in_place = in_place
+        self._doubts = Doubts(serving.shares, self._largest)
         self._bucket = Bucket(rate, now)
         self._workers = ThreadPoolExecutor(READERS, thread_name_prefix="lmcache-serve")
         self._busy = 0
-        self._done: SimpleQueue[Future[_Read | _ReadAhead]] = SimpleQueue()
+        self._done: SimpleQueue[Future[_Read | _Aside]] = SimpleQueue()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._unsent: list[_Read] = []  # to who takes no more now; tried again at the next turn
         self.sent = 0  # bytes
@@ -116,7 +137,7 @@ class PageServer:
         return wait if wait and len(self._serving) else float("inf")
 
     def asked(
-        self, route: bytes, key: str, message: Get | Credit | Cancel | Expect, now: float
+        self, route: bytes, key: str, message: Get | Credit | Cancel | Expect | Doubt, now: float
     ) -> Iterator[Passed]:
         """A message of an engine. Args: key: that it proved to have; empty: none. Raises: NotUnderstoodError."""
         match message:
@@ -129,6 +150,11 @@ class PageServer:
                 self._serving.cancel(route, message)
             case Expect():
                 self._staging.expect(Expected(split_keys(message.keys), message.length))
+            case Doubt():
+                keys = split_keys(message.keys)
+                if len(keys) != len(message.lengths):
+                    raise NotUnderstoodError("keys and lengths must be equally many")
+                self._doubts.add(map(Doubted, keys, message.lengths))
 
     def gone(self, route: bytes) -> None:
         self._serving.gone(route)
@@ -139,6 +165,8 @@ class PageServer:
     def work(self, router: zmq.Socket[bytes], now: float) -> Iterator[Passed]:
         """Send what was read, and have read what comes next; pages that do not come are to be told of."""
         self._pool.hear()
+        if seen := self._pool.seen():
+            self._start(partial(self._take_back, seen))
         unsent, self._unsent = self._unsent, []
         for read in (*unsent, *self._rung()):
             yield from self._send(router, read)
@@ -146,13 +174,29 @@ class PageServer:
             turn = self._serving.turn()
             if isinstance(turn, Passed):
                 yield turn
-            elif not (self._begin(turn) if turn else self._begin_ahead()):
+            elif not (self._begin(turn) if turn else self._begin_aside()):
                 return
 
     def close(self) -> None:
-        """Wait for the workers; each ends within a batch's time."""
+        """Wait for the workers, each of which ends within a batch's time, and a moment for what libzmq still sends."""
         self._workers.shutdown(cancel_futures=True)
+        self._unsent.clear()
+        while not self._done.empty():
+            self._done.get_nowait()
         os.close(self._bell)
+        self._let_all_go(time.monotonic() + CLOSE_SECONDS)
+
+    def _let_all_go(self, until: float) -> None:
+        """What is sent still by then becomes others' when this process ends."""
+        poll = select.poll()
+        poll.register(self._pool, select.POLLIN)
+        while True:
+            self._take_back(self._pool.seen())
+            left = until - time.monotonic()
+            if not self._pool.bytes_lent or left <= 0:
+                return
+            poll.poll(left * 1000)
+            self._pool.hear()
 
     def _rung(self) -> Iterator[_Read]:
         """What workers have read since the last time."""
@@ -185,8 +229,19 @@ class PageServer:
         self._start(partial(self._read, batch, buffer))
         return True
 
+    def _begin_aside(self) -> bool:
+        """Whether there was anything to do that nobody waits for, and memory for it."""
+        return self._begin_doubted() if len(self._doubts) else self._begin_ahead()
+
+    def _begin_doubted(self) -> bool:
+        doubted = self._doubts.next()
+        buffer = self._pool.take(doubted.length)
+        if buffer is None:  # it is doubted again when it is asked for again
+            return False
+        self._start(partial(self._look_at, doubted, buffer))
+        return True
+
     def _begin_ahead(self) -> bool:
-        """Whether there was anything to read ahead, and memory for it."""
         expected = self._staging.next()
         if not expected.keys:
             return False
@@ -196,11 +251,11 @@ class PageServer:
         self._start(partial(self._read_ahead, expected, buffer))
         return True
 
-    def _start(self, job: Callable[[], _Read | _ReadAhead]) -> None:
+    def _start(self, job: Callable[[], _Read | _Aside]) -> None:
         self._busy += 1
         self._workers.submit(job).add_done_callback(self._ring)
 
-    def _ring(self, future: Future[_Read | _ReadAhead]) -> None:
+    def _ring(self, future: Future[_Read | _Aside]) -> None:
         self._done.put(future)
         os.eventfd_write(self._bell, 1)
 
@@ -209,19 +264,48 @@ class PageServer:
         request = batch.request
         keys = request.keys[batch.first : batch.end]
         lengths = request.lengths[batch.first : batch.end]
-        offsets = [sum(lengths[:i]) for i in range(len(lengths))]
-        places = PageSegments([buffer.address + at for at in offsets], lengths, 1, buffer)
-        came = self._pages.get(keys, places, limits=Limits.within(READ_SECONDS))
-        here = [i for i, is_here in enumerate(came) if is_here]
-        pages = [Outgoing(batch.first + i, offsets[i], lengths[i]) for i in here]
-        sums = frame_checksums(buffer, pages, [keys[i] for i in here], request.frame)
-        frames = Frames(request.route, request.number, buffer, pages, request.frame, sums)
-        return _Read(batch, frames, came)
+        shown = self._in_place.show(buffer, keys, lengths)
+        pages = {
+            i: Outgoing(batch.first + i, address, lengths[i], checksum)
+            for i, address, checksum in shown
+        }
+        rest = [i for i in range(len(keys)) if i not in pages]
+        if rest:
+            pages |= self._copied(batch, rest, buffer)
+        going = [pages[i] for i in sorted(pages)]
+        frames = Frames(request.route, request.number, buffer, going, request.frame)
+        return _Read(batch, frames, [i in pages for i in range(len(keys))])
 
-    def _read_ahead(self, expected: Expected, buffer: SendBuffer) -> _ReadAhead:
+    def _copied(self, batch: Batch, places: list[int], buffer: SendBuffer) -> dict[int, Outgoing]:
+        """Of some places of a batch the pages that could be read into the buffer."""
+        keys = [batch.request.keys[batch.first + i] for i in places]
+        lengths = [batch.request.lengths[batch.first + i] for i in places]
+        addresses = [buffer.address + before for before in accumulate(lengths, initial=0)][:-1]
+        into = PageSegments(addresses, lengths, 1, buffer)
+        came = self._pages.get(keys, into, limits=Limits.within(READ_SECONDS))
+        here = [i for i, is_here in enumerate(came) if is_here]
+        records = [(c_char * lengths[i]).from_address(addresses[i]) for i in here]
+        sums = checksums([keys[i] for i in here], records)
+        return {
+            places[i]: Outgoing(batch.first + places[i], addresses[i], lengths[i], checksum)
+            for i, checksum in zip(here, sums, strict=True)
+        }
+
+    def _read_ahead(self, expected: Expected, buffer: SendBuffer) -> _Aside:
         """On a worker's thread."""
         self._staging.stage(expected, buffer.address)
-        return _ReadAhead()
+        return _Aside()
+
+    def _look_at(self, doubted: Doubted, buffer: SendBuffer) -> _Aside:
+        """On a worker's thread: reading verifies, and the chain removes what is not whole."""
+        into = PageSegments([buffer.address], [doubted.length], 1, buffer)
+        self._pages.get([doubted.key], into, limits=Limits.within(READ_SECONDS))
+        return _Aside()
+
+    def _take_back(self, seen: list[Shown]) -> _Aside:
+        """On a worker's thread."""
+        self._in_place.take_back(seen)
+        return _Aside()
 
     def _send(self, router: zmq.Socket[bytes], read: _Read) -> Iterator[Passed]:
         request = read.batch.request

@@ -17,11 +17,12 @@ from .choosing import Estimate, choose, deal
 from .connections import Connection, Connections, Peer
 from .fetch import Came, Delivered, Ended, Stream, fetch
 from .health import Health
-from .messages import PAGES_MOST, Cancel, encode
+from .messages import PAGES_MOST, Cancel, Doubt, encode
 
 FRAME = 1 << 20  # bytes
 STREAM_LEAST = 1 << 20  # bytes that make another connection worth it
 STALL_SHARE = 0.4  # of the time there is, that a peer may say nothing; then another one is asked
+LAST_WORD_MS = 250  # that a doubt may take to leave
 LATENCY_LEAST = 50e-6  # seconds
 FAIR_SECONDS = 0.5  # in which any peer that works says something
 
@@ -173,6 +174,7 @@ class Reading:
         for each, delivered in zip(asked, fetched.streams, strict=True):
             went.setdefault(each.number, []).append(delivered)
             self._take(each, fetched.pages)
+            self._doubt(each, fetched.pages)
             self._return(each, delivered)
         for number, streams_ in went.items():
             _judge(self._readers[number].health, streams_, left)
@@ -205,6 +207,16 @@ class Reading:
             if came[page] is not Came.HIT:
                 self._asked[page] |= 1 << asked.number
 
+    def _doubt(self, asked: _Asked, came: Sequence[Came]) -> None:
+        """Tell a peer which of its pages are not what was put: it has not looked at them."""
+        wrong = [page for page in asked.stream.pages if came[page] is Came.CORRUPT]
+        if wrong:
+            keys = b"".join(self._keys[page] for page in wrong)
+            lengths = [self._sizes[page] for page in wrong]
+            with suppress(zmq.Again):  # it takes nothing more: then it is told another time
+                word = encode(Doubt(asked.stream.version, keys, lengths))
+                asked.connection.socket.send(word, zmq.DONTWAIT)
+
     def _return(self, asked: _Asked, delivered: Delivered) -> None:
         """Give a connection back; one that is not answered any more is of no use to the next read."""
         if delivered.ended is not Ended.COMPLETE:
@@ -214,7 +226,8 @@ class Reading:
         if delivered.ended in _USABLE:
             self._connections.give_back(asked.connection)
         else:
-            self._connections.end(asked.connection)
+            doubted = delivered.ended is Ended.CORRUPT
+            self._connections.end(asked.connection, LAST_WORD_MS if doubted else 0)
 
 
 def _judge(health: Health, streams: Sequence[Delivered], given: float) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ...errors import Reason, TierError
 from ...kernels.pages import PageSegments
 from .. import _native
+from .._native import Shown as Shown  # noqa: PLC0414  # callers take it from here
 from ..base import (
     NAMESPACE_BYTES,
     NO_LIMITS,
@@ -149,6 +150,23 @@ class SlabTier(UpperTier):
         """Which pages were used more than once since they came."""
         with self.native() as store:
             return store.used_again(list(keys))
+
+    def show(
+        self, keys: Sequence[bytes], lengths: Sequence[int], limits: Limits = NO_LIMITS
+    ) -> Shown:
+        """Let pages be read where they lie. It counts as a use of them.
+
+        Those that are here, in memory, and in nobody else's hands, are not evicted until `unshow`, and their bytes do
+        not change; whoever reads them verifies them. `Shown.pages` has of each its place in `keys`, its address and
+        its checksum. What this process shows is everybody's again when it ends.
+        """
+        with self.native() as store:
+            return store.show(list(keys), list(lengths), limits.left(self.settings.seconds))
+
+    def unshow(self, shown: Shown) -> None:
+        """Nobody reads them there any more."""
+        with self.native() as store:
+            store.unshow(shown, self.settings.seconds)
 
     def pin(self, keys: Sequence[bytes], seconds: float) -> None:
         """Keep those of the pages that are here, and so their ancestors, from being evicted for a while.

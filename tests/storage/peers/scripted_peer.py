@@ -138,20 +138,20 @@ def _follow(script: Callable[[Conversation], None], conversation: Conversation) 
         pass
 
 
-def checksum(key: bytes, piece: bytes, offset: int = 0) -> int:
-    """What messages.py says that a frame's is, by the reference implementation."""
-    seed = (xxhash.xxh3_64_intdigest(key) + offset) % 2**64
-    return xxhash.xxh3_64_intdigest(piece, seed)
+def checksum(key: bytes, content: bytes) -> int:
+    """What messages.py says that a page's is, by the reference implementation."""
+    return xxhash.xxh3_64_intdigest(content, xxhash.xxh3_64_intdigest(key))
 
 
 def frames(get: Get, contents: Sequence[bytes]) -> list[Parts]:
     """The honest answer to a `Get`. Args: contents: of its pages, in its order."""
     return [
-        frame(get.request, page, offset, content[offset : offset + get.frame], key)
+        frame(get.request, page, offset, content[offset : offset + get.frame], sum_)
         for page, (key, content) in enumerate(zip(split_keys(get.keys), contents, strict=True))
+        for sum_ in [checksum(key, content)]
         for offset in range(0, len(content), get.frame)
     ]
 
 
-def frame(request: int, page: int, offset: int, piece: bytes, key: bytes) -> Parts:
-    return [encode(Page(request, page, offset, checksum(key, piece, offset))), piece]
+def frame(request: int, page: int, offset: int, piece: bytes, checksum: int) -> Parts:
+    return [encode(Page(request, page, offset, checksum)), piece]

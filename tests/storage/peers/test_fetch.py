@@ -16,7 +16,7 @@ from lmcache_sglang.kernels.pages import PageSegments
 from lmcache_sglang.storage.base import Cancel, Limits
 from lmcache_sglang.storage.peers import libzmq as libzmq_module
 from lmcache_sglang.storage.peers.fetch import Came, Delivered, Ended, Fetched, Stream, fetch
-from lmcache_sglang.storage.peers.messages import Credit, Get, Page, Pong, Why, Without, encode
+from lmcache_sglang.storage.peers.messages import Credit, Get, Pong, Why, Without, encode
 from lmcache_sglang.testing.guarded_memory import guarded
 from lmcache_sglang.testing.tier_suite import EngineMemory, bytes_of, some_keys
 from tests.storage.peers.scripted_peer import (
@@ -123,22 +123,22 @@ def test_frames_may_come_in_any_order(context: Context) -> None:
 
 def _useless(get: Get) -> list[Parts]:
     """Messages that must change nothing, each wrong in one way. Their bytes are not those of the pages."""
-    wrong, key = bytes(FRAME), KEYS[0]
-    body, _ = frame(get.request, 0, 0, wrong, key)
+    wrong, lie = bytes(FRAME), 0
+    body, _ = frame(get.request, 0, 0, wrong, lie)
     return [
-        frame(get.request + 1, 0, 0, wrong, key),  # of another request
-        frame(get.request, len(KEYS), 0, wrong, key),  # no such page
-        frame(get.request, 2**32 - 1, 0, wrong, key),
-        frame(get.request, 0, 1, wrong, key),  # overlaps
-        frame(get.request, 0, FRAME // 2, wrong, key),
-        frame(get.request, 0, 3 * FRAME, wrong, key),  # at the page's end
-        frame(get.request, 0, 2**63, wrong, key),  # far beyond it
-        frame(get.request, 0, 2**64 - FRAME, wrong, key),
-        frame(get.request, 0, 0, wrong + b"\0", key),  # oversized
-        frame(get.request, 0, 0, bytes(SIZES[0]), key),
-        frame(get.request, 0, 0, wrong[:-1], key),  # truncated
-        frame(get.request, 0, 0, b"", key),
-        frame(get.request, 1, 3 * FRAME, wrong, key),  # longer than the page's last frame
+        frame(get.request + 1, 0, 0, wrong, lie),  # of another request
+        frame(get.request, len(KEYS), 0, wrong, lie),  # no such page
+        frame(get.request, 2**32 - 1, 0, wrong, lie),
+        frame(get.request, 0, 1, wrong, lie),  # overlaps
+        frame(get.request, 0, FRAME // 2, wrong, lie),
+        frame(get.request, 0, 3 * FRAME, wrong, lie),  # at the page's end
+        frame(get.request, 0, 2**63, wrong, lie),  # far beyond it
+        frame(get.request, 0, 2**64 - FRAME, wrong, lie),
+        frame(get.request, 0, 0, wrong + b"\0", lie),  # oversized
+        frame(get.request, 0, 0, bytes(SIZES[0]), lie),
+        frame(get.request, 0, 0, wrong[:-1], lie),  # truncated
+        frame(get.request, 0, 0, b"", lie),
+        frame(get.request, 1, 3 * FRAME, wrong, lie),  # longer than the page's last frame
         [body],  # one part
         [body, wrong, wrong],  # three
         [body, wrong, b"", wrong],
@@ -213,21 +213,54 @@ def test_wrong_bytes_end_the_stream(context: Context) -> None:
     assert delivered.ended is Ended.CORRUPT
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda get: Page(get.request, 0, FRAME, checksum(KEYS[0], CONTENTS[0][:FRAME], FRAME)),
-        lambda get: Page(get.request, 0, FRAME, checksum(KEYS[0], CONTENTS[0][FRAME : 2 * FRAME])),
-        lambda get: Page(get.request, 0, FRAME, checksum(KEYS[1], CONTENTS[0][FRAME : 2 * FRAME])),
-    ],
-    ids=["of another frame", "as if at the beginning", "under another key"],
-)
-def test_right_bytes_must_be_in_their_place(context: Context, wrong: Callable[[Get], Page]) -> None:
+def swapped(get: Get) -> list[Parts]:
+    (first, one), (second, two), *rest = frames(get, CONTENTS)
+    return [[first, two], [second, one], *rest]
+
+
+def of_another_frame(get: Get) -> list[Parts]:
+    told = frames(get, CONTENTS)
+    return [[body, told[0][1]] for body, _ in told]
+
+
+def of_another_key(get: Get) -> list[Parts]:
+    wrong = checksum(KEYS[1], CONTENTS[0])
+    return [
+        frame(get.request, 0, at, CONTENTS[0][at : at + FRAME], wrong)
+        for at in range(0, SIZES[0], FRAME)
+    ]
+
+
+def of_two_checksums(get: Get) -> list[Parts]:
+    first, (_, piece), last = frames(get, CONTENTS)[:3]
+    return [first, frame(get.request, 0, FRAME, piece, 1), last]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("lie", [swapped, of_another_frame, of_another_key, of_two_checksums])
+def test_right_bytes_must_be_in_their_place(
+    context: Context, lie: Callable[[Get], list[Parts]], backwards: bool
+) -> None:
+    """Whether they are hashed as they are copied, or where they lie."""
+
     def script(conversation: Conversation) -> None:
-        conversation.say([[encode(wrong(conversation.hear_get())), CONTENTS[0][FRAME : 2 * FRAME]]])
+        told = lie(conversation.hear_get())[:3]
+        conversation.say(reversed(told) if backwards else told)
+
+    pages, delivered = fetch_from(context, script)
+    assert pages == [Came.CORRUPT] + [Came.DISTRUSTED] * 4
+    assert delivered.ended is Ended.CORRUPT
+
+
+def test_pages_may_come_interleaved(context: Context) -> None:
+    """Only one is hashed while it is copied."""
+
+    def script(conversation: Conversation) -> None:
+        told = frames(conversation.hear_get(), CONTENTS)
+        conversation.say([*told[0:6:3], *told[1:6:3], *told[2:6:3], *told[6:]])
 
     pages, _ = fetch_from(context, script)
-    assert pages[0] is Came.CORRUPT
+    assert pages == [Came.HIT] * len(KEYS)
 
 
 @pytest.mark.parametrize(
@@ -265,12 +298,12 @@ def begin_and_die(conversation: Conversation) -> None:
 
 def flood(conversation: Conversation) -> None:
     get = conversation.hear_get()
-    conversation.say_until_stopped(frame(get.request + 1, 0, 0, b"", KEYS[0]))
+    conversation.say_until_stopped(frame(get.request + 1, 0, 0, b"", 0))
 
 
 def flood_with_bytes(conversation: Conversation) -> None:
     get = conversation.hear_get()
-    conversation.say_until_stopped(frame(get.request, 0, 1, bytes(1 << 20), KEYS[0]))
+    conversation.say_until_stopped(frame(get.request, 0, 1, bytes(1 << 20), 0))
 
 
 FAULTY = [silent, begin_and_die, flood, flood_with_bytes]
@@ -362,7 +395,8 @@ def test_all_bytes_are_granted_and_never_too_many(context: Context) -> None:
             assert credit <= most
             credit -= len(content)
             for at in range(0, len(content), FRAME):
-                conversation.say([frame(get.request, page, at, content[at : at + FRAME], key)])
+                piece = content[at : at + FRAME]
+                conversation.say([frame(get.request, page, at, piece, checksum(key, content))])
 
     with peer(context, script) as one, one.connected() as socket:
         fetched = Fetching().run([stream(socket, credit=most)])

@@ -19,6 +19,7 @@ from lmcache_sglang.storage.peers.fetch import Came
 from lmcache_sglang.storage.peers.messages import (
     Cancel,
     Credit,
+    Doubt,
     Expect,
     Get,
     Goodbye,
@@ -99,7 +100,7 @@ def piece(page: int, offset: int) -> bytes:
 def honest() -> list[Parts]:
     return [
         [
-            encode(Page(REQUEST, page, at, checksum(KEYS[page], piece(page, at), at))),
+            encode(Page(REQUEST, page, at, checksum(KEYS[page], CONTENTS[page]))),
             piece(page, at),
         ]
         for page in range(len(SIZES))
@@ -126,6 +127,7 @@ OTHERS = [
         Credit(REQUEST, 1 << 39),
         Cancel(REQUEST),
         Expect(1, KEYS[1], 4096),
+        Doubt(1, KEYS[1], [4096]),
     )
 ]
 ODD = [
@@ -238,6 +240,8 @@ class Model:
     def __init__(self) -> None:
         self._lacking = [set(range(0, size, FRAME)) for size in SIZES]
         self._settled = [False] * len(SIZES)
+        self._came: list[dict[int, bytes]] = [{} for _ in SIZES]
+        self._checksums: list[set[int]] = [set() for _ in SIZES]
 
     def verdict(self, message: Page, payload: bytes) -> Verdict:
         page, at = message.page, message.offset
@@ -252,11 +256,14 @@ class Model:
         if at not in self._lacking[page]:
             return Verdict.REPEATED
         self._lacking[page].remove(at)
-        if checksum(KEYS[page], payload, at) != message.checksum:
-            self._settled[page] = True
-            return Verdict.CORRUPT
-        self._settled[page] = not self._lacking[page]
-        return Verdict.COMPLETED if self._settled[page] else Verdict.TAKEN
+        self._came[page][at] = payload
+        self._checksums[page].add(message.checksum)
+        if len(self._checksums[page]) == 1 and self._lacking[page]:
+            return Verdict.TAKEN
+        self._settled[page] = True
+        came = b"".join(self._came[page][at] for at in sorted(self._came[page]))
+        is_right = self._checksums[page] == {checksum(KEYS[page], came)}
+        return Verdict.COMPLETED if is_right else Verdict.CORRUPT
 
 
 odd = st.sampled_from(ODD)
