@@ -7,17 +7,18 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Set as AbstractSet
+from ctypes import string_at
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError, Reason, TierError
 from ..storage.base import Lookup
 from ..storage.slab.tier import SlabTier
 from .injection import Flaky, Signalled, injected
-from .small_store import SmallStore, get, here, key_of, put
+from .small_store import SmallStore, get, here, key_of, page_of, put
 from .tier_suite import OTHER_NAMESPACE
 
-KINDS = ["put", "chain", "get", "exists", "remove", "pin", "clear", "quota", "sweep"]
-WEIGHTS = [8, 8, 16, 4, 3, 2, 0.2, 0.2, 0.5]
+KINDS = ["put", "chain", "get", "exists", "show", "remove", "pin", "clear", "quota", "sweep"]
+WEIGHTS = [8, 8, 16, 4, 4, 3, 2, 0.2, 0.2, 0.5]
 MOST = 8  # pages of a batch
 
 
@@ -109,6 +110,8 @@ def _step(
             done.outcomes.update(lookup.value for lookup in outcome)
         case "exists":
             here(tier, some)
+        case "show":
+            _show(tier, some, rng.sample(numbers, MOST))
         case "remove":
             tier.remove(keys[:2])
         case "pin":
@@ -119,6 +122,19 @@ def _step(
             tier.set_quota(OTHER_NAMESPACE, rng.choice([0, 200_000]))
         case "sweep":
             tier.sweep()
+
+
+def _show(tier: SlabTier, numbers: list[int], others: list[int]) -> None:
+    """Pages stay as they are in their places, whatever comes into the store and goes meanwhile."""
+    pages = [page_of(number) for number in numbers]
+    shown = tier.show([key for key, _ in pages], [len(content) for _, content in pages])
+    try:
+        for _ in range(2):
+            for place, address, _ in shown.pages:
+                assert string_at(address, len(pages[place][1])) == pages[place][1]
+            put(tier, others, [b""] * len(others))
+    finally:
+        tier.unshow(shown)
 
 
 def put_all(store: SmallStore, numbers: list[int]) -> list[str]:

@@ -233,6 +233,7 @@ nb::dict counts(SlabStore& store) {
   result["dirty_pages"] = counts.dirty_pages;
   result["dirty_bytes"] = counts.dirty_bytes;
   result["lost"] = counts.lost;
+  result["held"] = counts.held;
   result["index_bytes"] = counts.index_bytes;
   result["tree_bytes"] = counts.tree_bytes;
   return result;

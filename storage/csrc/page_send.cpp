@@ -71,8 +71,7 @@ SendOutcome send_frames(const Libzmq& zmq, void* socket, const Outgoing& outgoin
   for (const OutgoingPage& page : outgoing.pages) {
     for (uint64_t offset = 0; offset < page.bytes; offset += outgoing.frame, ++number) {
       if (number < first) continue;
-      if (const int error = sender.send(page, offset))
-        return {sent_after(error), number};
+      if (const int error = sender.send(page, offset)) return {sent_after(error), number};
     }
   }
   return {Sent::All, number};

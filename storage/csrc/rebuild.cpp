@@ -19,16 +19,17 @@ void SlabStore::rebuild() {
   control_.header().ready = kWhole;
 }
 
-// Other processes may be writing into slots that they reserved: those stay theirs, whatever becomes
-// of this. So nothing is changed before all that can fail has been done once, and what says that a
-// slot is reserved (its state and owner, its slab's class, its namespace's name) is never unsaid.
+// Other processes may be writing into slots that they reserved, or have pages read by others where
+// they lie: those stay theirs, whatever becomes of this. So nothing is changed before all that can
+// fail has been done once, and what says that a slot is reserved (its state and owner, its slab's
+// class, its namespace's name) is never unsaid.
 void Rebuild::run() {
   // A process may have died when its commit was written and not yet shown to readers: the next
   // writer's first step is to show it.
   {
     const Index::Write show_last_commit(store_.index_);
   }
-  remember_reservations();
+  remember_what_is_held();
   {
     const Index::Read snapshot(store_.index_);
     placed_.reserve(snapshot.walk(nullptr, kAll, [this](const Key&, const Found& found) {
@@ -46,12 +47,13 @@ void Rebuild::run() {
   mend_index();
 }
 
-void Rebuild::remember_reservations() {
+void Rebuild::remember_what_is_held() {
   for (uint32_t number = 0; number < control_.shape().slabs; ++number) {
     const Slab& slab = control_.slab(number);
     if (slab.kind >= kClasses || !is_sound(slab.kind)) continue;
     for (uint32_t i = 0; i < control_.kind(slab.kind).slots; ++i) {
       const uint32_t slot = number * control_.shape().slots_per_slab + i;
+      if (is_shown(control_.slot(slot))) shown_[slot] = control_.slot(slot).owner;
       if (is_held(control_.slot(slot))) held_[number].insert(slot);
     }
   }
@@ -72,7 +74,14 @@ bool Rebuild::is_sound(uint32_t number) const {
 
 bool Rebuild::is_held(const Slot& slot) const {
   return slot.state == State::Reserved && slot.owner != 0 && slot.owner < kOwners &&
-         (slot.flags & kSpilling) == 0 && slot.space < kSpaces && store_.owners_.alive(slot.owner);
+         ((slot.flags & kSpilling) == 0 || is_shown(slot)) && slot.space < kSpaces &&
+         store_.owners_.alive(slot.owner);
+}
+
+bool Rebuild::is_shown(const Slot& slot) const {
+  constexpr uint8_t both = kSpilling | kShown;
+  return slot.state != State::Free && (slot.flags & both) == both && slot.owner != 0 &&
+         slot.owner < kOwners && store_.owners_.alive(slot.owner);
 }
 
 // What the index says goes before: a change that reserved slots and was never committed wrote
@@ -114,7 +123,11 @@ void Rebuild::clear_all_but_held() {
   for (uint32_t kind = 0; kind < kClasses; ++kind) control_.clear_class(kind, slabs[kind]);
   for (uint32_t i = 0; i < kSpaces; ++i) control_.space(i).take(taken[i][0], taken[i][1]);
   for (const auto& [slab, slots] : held_)
-    for (const uint32_t slot : slots) store_.count_reserved(slot);
+    for (const uint32_t slot : slots)
+      if (shown_.contains(slot))
+        ++control_.owner(control_.slot(slot).owner).held;  // a page that was removed meanwhile
+      else
+        store_.count_reserved(slot);
 }
 
 void Rebuild::clear_slots(uint32_t slab, const Slots& held) {
@@ -158,11 +171,19 @@ void Rebuild::place(const Key& key, const Found& found) {
   if (Header& header = control_.header(); header.clock < slot.tick) header.clock = slot.tick.load();
   occupy(number, key, State::Live);
   slot.generation = entry.generation;
+  if (same && shown_.contains(number)) show_again(number);
   Header& header = control_.header();
   ++header.pages;
   header.bytes += control_.slot_bytes(number);
   header.sequence = std::max(header.sequence, entry.sequence + 1);
   placed_.push_back({entry.sequence, number, entry.parent});
+}
+
+void Rebuild::show_again(uint32_t number) {
+  Slot& slot = control_.slot(number);
+  slot.owner = shown_.at(number);
+  slot.flags = kSpilling | kShown;
+  ++control_.owner(slot.owner).held;
 }
 
 void Rebuild::occupy(uint32_t number, const Key& key, State state) {

@@ -21,13 +21,15 @@ class Rebuild {
     Tag parent;
   };
 
-  void remember_reservations();
+  void remember_what_is_held();
   bool is_sound(uint32_t kind) const;
   bool is_held(const Slot& slot) const;
+  bool is_shown(const Slot& slot) const;
   void look_for_conflict(const Entry& entry);
   void clear_all_but_held();
   void clear_slots(uint32_t slab, const Slots& held);
   void place(const Key& key, const Found& found);
+  void show_again(uint32_t slot);
   bool take(uint32_t slot, uint64_t slot_bytes);
   void occupy(uint32_t slot, const Key& key, State state);
   void count_child(const Index::Read& snapshot, const Placed& page);
@@ -39,7 +41,8 @@ class Rebuild {
 
   SlabStore& store_;
   Control& control_;
-  std::unordered_map<uint32_t, Slots> held_;  // reserved by processes that live, by slab
+  std::unordered_map<uint32_t, Slots> held_;      // by processes that live, and no page's; by slab
+  std::unordered_map<uint32_t, uint16_t> shown_;  // by whom, of a slot
   std::vector<Placed> placed_;
   std::vector<Key> bad_;
   std::unordered_map<std::string, uint32_t> orphans_;  // by their parent, as the index names it

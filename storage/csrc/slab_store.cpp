@@ -616,9 +616,14 @@ size_t SlabStore::sweep(Deadline deadline) {
 
 Counts SlabStore::counts() {
   const Header& header = control_.header();
-  return {header.pages,   header.bytes,        header.reserved,    header.reserved_bytes,
-          header.evicted, header.dirty.count,  header.dirty_bytes, header.spilling_bytes,
-          header.lost,    index_.used_bytes(), index_.tree_bytes()};
+  uint64_t held = 0;
+  for (uint32_t owner = 1; owner < kOwners; ++owner) held += control_.owner(owner).held;
+  return {header.pages,        header.bytes,
+          header.reserved,     header.reserved_bytes,
+          header.evicted,      header.dirty.count,
+          header.dirty_bytes,  header.spilling_bytes,
+          header.lost,         held,
+          index_.used_bytes(), index_.tree_bytes()};
 }
 
 }  // namespace lmcache

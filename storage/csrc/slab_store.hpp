@@ -69,6 +69,7 @@ struct Counts {
   uint64_t dirty_pages, dirty_bytes;  // that wait to be written below
   uint64_t spilling_bytes;            // that are being written below
   uint64_t lost;                      // given up for room before they were written below
+  uint64_t held;  // slots that some process has in hand: reserved, spilled, shown
   uint64_t index_bytes, tree_bytes;
 };
 
@@ -91,8 +92,8 @@ struct Lent {
 // Pages that stay where they are for as long as somebody reads them there (`SlabStore::show`).
 struct Shown : std::enable_shared_from_this<Shown> {
   std::vector<Lent> pages;
-  std::vector<size_t> places;        // of each, its place among those that were asked for
-  std::shared_ptr<Medium> medium;    // keeps the memory mapped
+  std::vector<size_t> places;      // of each, its place among those that were asked for
+  std::shared_ptr<Medium> medium;  // keeps the memory mapped
   bool holds(const uint8_t* at, uint64_t bytes) const;
 };
 
@@ -120,9 +121,9 @@ class SlabStore {
   // Those of the pages that were forgotten meanwhile: the tier below must forget them too.
   std::vector<Key> settle(std::span<const Lent> pages, std::span<const Stored> outcome,
                           Deadline deadline);
-  // Those of the pages that are here, of these lengths, and that nobody has in hand; where slots can
-  // be read in place. It counts as a use of them. Until `unshow` they are not evicted; removed, they
-  // keep their bytes. Nobody has verified them.
+  // Those of the pages that are here, of these lengths, and that nobody has in hand; where slots
+  // can be read in place. It counts as a use of them. Until `unshow` they are not evicted; removed,
+  // they keep their bytes. Nobody has verified them.
   std::shared_ptr<Shown> show(std::span<const Key> keys, std::span<const uint64_t> bytes,
                               Deadline deadline);
   void unshow(const Shown& shown, Deadline deadline);

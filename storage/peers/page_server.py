@@ -11,8 +11,8 @@ import select
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from ctypes import c_char
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
 from queue import Empty, SimpleQueue

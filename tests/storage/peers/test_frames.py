@@ -22,7 +22,15 @@ from lmcache_sglang.storage.peers.frames import (
 )
 from lmcache_sglang.storage.peers.messages import Get, encode
 from lmcache_sglang.testing.tier_suite import EngineMemory, bytes_of, some_keys
-from tests.storage.peers.scripted_peer import FRAME, SOON, Conversation, Parts, checksum, frames, peer
+from tests.storage.peers.scripted_peer import (
+    FRAME,
+    SOON,
+    Conversation,
+    Parts,
+    checksum,
+    frames,
+    peer,
+)
 
 MIB = 1 << 20
 UNIT = 2 * MIB  # a buffer's size is a multiple

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
+from ctypes import string_at
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from hypothesis.stateful import (
 from lmcache_sglang.storage.base import Lookup, Stored
 from lmcache_sglang.storage.slab import files, opening, probe
 from lmcache_sglang.storage.slab.settings import Eviction, SlabSettings
+from lmcache_sglang.storage.slab.tier import Shown
 from lmcache_sglang.testing import crash_script
 from lmcache_sglang.testing.crash_script import Log
 from lmcache_sglang.testing.small_store import (
@@ -74,6 +76,8 @@ class Machine(RuleBasedStateMachine):
         ] = {}  # the pages that are there, and the parents they named
         self.damaged: set[int] = set()
         self.pinned: set[int] = set()
+        self.shown: list[tuple[Shown, dict[int, int]]] = []  # numbers, and where they lie
+        self.spoilt: set[int] = set()  # of those places
         self.quotas = dict.fromkeys(NAMESPACES, 0)
         self.tier = self.store.open()
 
@@ -148,8 +152,27 @@ class Machine(RuleBasedStateMachine):
         self.quotas[namespace] = slots * BLOCK
         gone = self.look_who_gave_way(new=set())
         assert all(namespace_of(number) == namespace for number in gone)
-        if not self.pinned and slots:
+        if not self.pinned and not self.shown and slots:
             assert self.used_by(namespace) <= slots * BLOCK
+
+    @rule(batch=batches)
+    def show(self, batch: list[int]) -> None:
+        """What is shown already is not shown to another one."""
+        pages = [page_of(number) for number in batch]
+        shown = self.tier.show([key for key, _ in pages], [len(content) for _, content in pages])
+        where = {batch[place]: address for place, address, _ in shown.pages}
+        seen = {number for _, others in self.shown for number in others}
+        assert where.keys() <= self.model.keys()
+        assert where.keys() >= (set(batch) & self.model.keys() - seen if self.memory else set())
+        self.shown.append((shown, where))
+        self.spoilt |= {address for number, address in where.items() if number in self.damaged}
+
+    @rule(which=st.integers(0, 3))
+    def unshow(self, which: int) -> None:
+        if which < len(self.shown):
+            shown, where = self.shown.pop(which)
+            self.spoilt -= set(where.values())
+            self.tier.unshow(shown)
 
     # What happens to it.
 
@@ -165,6 +188,7 @@ class Machine(RuleBasedStateMachine):
             os.pwrite(file, bytes([region[at] ^ 0x10]), at)
         os.close(file)
         self.damaged.add(number)
+        self.spoilt |= {where[number] for _, where in self.shown if number in where}
 
     @rule()
     def repair(self) -> None:
@@ -175,12 +199,17 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def reopen(self) -> None:
+        """What was shown is nobody's any more."""
         self.tier.close()
+        self.shown.clear()
+        self.spoilt.clear()
         self.tier = self.store.open()
 
     @rule(batch=batches, kind=st.sampled_from(["put", "remove"]), step=st.integers(1, 40))
     def be_killed_and_reopened(self, batch: list[int], kind: str, step: int) -> None:
         self.tier.close()
+        self.shown.clear()
+        self.spoilt.clear()
         log = Log(self.folder / "log")
         with suppress(Died):  # the script may come to its end before that step
             run(crash_script.run, self.store, [(kind, batch)], log, step)
@@ -200,6 +229,8 @@ class Machine(RuleBasedStateMachine):
         assert found <= self.model.keys()
         gone = self.model.keys() - found
         assert not gone & self.pinned, "a pinned page gave way"
+        seen = {number for _, where in self.shown for number in where}
+        assert not gone & seen, "a page that is shown gave way"
         for number, parent in self.model.items():
             if number in found - new:
                 assert parent not in gone, "a page was kept without its ancestors"
@@ -222,10 +253,20 @@ class Machine(RuleBasedStateMachine):
         assert stats.bytes == sum(map(slot_bytes, self.model))
 
     @invariant()
+    def what_is_shown_stays_as_it_is(self) -> None:
+        """Even when it is removed, and others are put."""
+        for _, where in self.shown:
+            for number, address in where.items():
+                content = page_of(number)[1]
+                assert string_at(address, len(content)) == content or address in self.spoilt
+
+    @invariant()
     def keeps_its_limits(self) -> None:
         assert self.store.allocated() <= CAPACITY
 
     def teardown(self) -> None:
+        for shown, _ in self.shown:
+            self.tier.unshow(shown)
         report = self.tier.check(repair=True)
         assert not report.problems
         assert set(report.corrupt) == {key_of(number) for number in self.damaged}
