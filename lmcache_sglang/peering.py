@@ -20,7 +20,7 @@ from .storage.peers.told import Teller
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.5  # between looks at the peer-sharing file, and at whose directory there is
+LOOK_SECONDS = 0.25  # between looks at the peer-sharing file, at whose directory there is, and at what peers send
 
 
 def folder_of(config: Config) -> Path:
@@ -89,6 +89,7 @@ class Peering(PeerTier):
         """What is wrong with the file the agent says, which follows it, too."""
         while not self._stop.wait(LOOK_SECONDS):
             self.refresh()
+            self.meter()
             outcome = file.changed()
             if isinstance(outcome, Changed):
                 self.limits = limits_of(outcome.settings)

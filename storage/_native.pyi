@@ -168,8 +168,15 @@ def fetch_pages(
     sizes: Sequence[int],
     per_page: int,
     seconds: float,
-    cancel: Cancel | None = None,
+    cancel: Cancel | None,
+    taken: Tally,
 ) -> tuple[bytes, list[StreamResult]]: ...
+
+class Tally:
+    def __init__(self) -> None: ...
+    def add(self, size: int) -> None: ...
+    @property
+    def total(self) -> int: ...
 
 class SendBuffer:
     @property

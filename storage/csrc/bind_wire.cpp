@@ -119,7 +119,7 @@ StreamRequest request_of(const StreamArguments& given, Shares& shares) {
 std::pair<nb::bytes, std::vector<StreamResult>> fetch(
     const Libzmq& zmq, const std::vector<StreamArguments>& streams, const nb::list& key_objects,
     const std::vector<uint64_t>& addresses, const std::vector<uint64_t>& sizes, size_t per_page,
-    double seconds, const Cancel* cancel) {
+    double seconds, const Cancel* cancel, Tally& taken) {
   const Pages pages(addresses, sizes, per_page);
   const auto wanted = wanted_of(keys_of(key_objects), pages);
   Shares shares(wanted);
@@ -128,7 +128,7 @@ std::pair<nb::bytes, std::vector<StreamResult>> fetch(
   std::vector<StreamOutcome> outcomes;
   {
     nb::gil_scoped_release unlocked;
-    outcomes = fetch_pages(zmq, requests, limits_of(seconds, cancel));
+    outcomes = fetch_pages(zmq, requests, limits_of(seconds, cancel), taken);
   }
   std::vector<Came> came(wanted.size(), Came::Unasked);
   std::vector<StreamResult> results;
@@ -202,6 +202,10 @@ std::pair<int, size_t> send(const Libzmq& zmq, uint64_t socket, const nb::bytes&
 
 void bind_wire(nb::module_& m) {
   nb::class_<Libzmq>(m, "Libzmq").def("__init__", &make_libzmq, "functions"_a);
+  nb::class_<Tally>(m, "Tally")
+      .def(nb::init<>())
+      .def("add", &Tally::add, "size"_a)
+      .def_prop_ro("total", &Tally::total);
   nb::class_<SendBuffer>(m, "SendBuffer")
       .def_prop_ro("address",
                    [](const SendBuffer& b) { return reinterpret_cast<uint64_t>(b.address()); })
@@ -223,7 +227,7 @@ void bind_wire(nb::module_& m) {
       .def("accept", &Acceptor::accept, "body"_a, "payload"_a.none() = nb::none())
       .def("came", &Acceptor::came);
   m.def("fetch_pages", &fetch, "zmq"_a, "streams"_a, "keys"_a, "addresses"_a, "sizes"_a,
-        "per_page"_a, "seconds"_a, "cancel"_a.none() = nb::none());
+        "per_page"_a, "seconds"_a, "cancel"_a.none(), "taken"_a);
   m.def("send_frames", &send, "zmq"_a, "socket"_a, "route"_a, "request"_a, "buffer"_a, "pages"_a,
         "frame"_a, "first"_a);
 }

@@ -10,6 +10,7 @@ using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
 constexpr unsigned kTurn = 16;           // messages of one stream before the next one has its turn
+constexpr uint64_t kPartBytes = 64;      // as peers/meter.py counts a part beside its own bytes
 constexpr unsigned kPartsMost = 16;      // of one message that is passed over
 constexpr double kGlanceSeconds = 0.05;  // nobody tells when a call is cancelled
 
@@ -36,8 +37,9 @@ std::span<const uint8_t> bytes_of(std::string_view text) {
 
 class Stream {
  public:
-  Stream(const Libzmq& zmq, const StreamRequest& request)
+  Stream(const Libzmq& zmq, const StreamRequest& request, Tally& taken)
       : zmq_(zmq),
+        taken_(taken),
         request_(request),
         acceptor_(request.request, request.pages, request.frame),
         body_(zmq),
@@ -102,6 +104,7 @@ class Stream {
         return false;
       }
       ++parts_;
+      taken_.add(part.bytes().size() + kPartBytes);
       if (!part.more()) return true;
     } while (parts_ < kPartsMost);
     end(Ended::Broken);  // where the message ends is not known
@@ -144,6 +147,7 @@ class Stream {
   }
 
   const Libzmq& zmq_;
+  Tally& taken_;
   const StreamRequest& request_;
   FrameAcceptor acceptor_;
   ZmqPart body_, payload_, rest_;
@@ -159,9 +163,10 @@ class Stream {
 
 class Fetch {
  public:
-  Fetch(const Libzmq& zmq, std::span<const StreamRequest> requests, const Limits& limits)
+  Fetch(const Libzmq& zmq, std::span<const StreamRequest> requests, const Limits& limits,
+        Tally& taken)
       : zmq_(zmq), limits_(limits) {
-    for (const StreamRequest& request : requests) streams_.emplace_back(zmq, request);
+    for (const StreamRequest& request : requests) streams_.emplace_back(zmq, request, taken);
   }
 
   void run() {
@@ -219,8 +224,8 @@ class Fetch {
 }  // namespace
 
 std::vector<StreamOutcome> fetch_pages(const Libzmq& zmq, std::span<const StreamRequest> requests,
-                                       const Limits& limits) {
-  Fetch fetch(zmq, requests, limits);
+                                       const Limits& limits, Tally& taken) {
+  Fetch fetch(zmq, requests, limits, taken);
   fetch.run();
   return fetch.outcomes();
 }

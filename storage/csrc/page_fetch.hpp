@@ -1,6 +1,7 @@
 // Fetches a batch of pages from peers, over several connections at once.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <span>
 #include <string_view>
@@ -29,6 +30,16 @@ struct StreamRequest {
   std::vector<WantedPage> pages;  // in the order of `get`
 };
 
+// Bytes that were taken out of libzmq, by whichever thread; peers/meter.py says what for.
+class Tally {
+ public:
+  void add(uint64_t bytes) { total_.fetch_add(bytes, std::memory_order_relaxed); }
+  uint64_t total() const { return total_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<uint64_t> total_{0};
+};
+
 struct StreamOutcome {
   Ended ended;
   uint64_t bytes;           // taken
@@ -40,6 +51,6 @@ struct StreamOutcome {
 
 // Ends when every page is settled or the limits have passed, within about 50 ms.
 std::vector<StreamOutcome> fetch_pages(const Libzmq& zmq, std::span<const StreamRequest> requests,
-                                       const Limits& limits);
+                                       const Limits& limits, Tally& taken);
 
 }  // namespace lmcache

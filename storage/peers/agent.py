@@ -44,6 +44,7 @@ from .messages import (
     decode,
     encode,
 )
+from .meter import PART_BYTES, Meter
 from .node import Identity, Node
 from .page_server import PageServer
 from .serving import Passed
@@ -58,6 +59,9 @@ PEER_SHARE = (
 )
 BURST = 256  # messages of one socket that are handled before others have their turn
 BURST_SECONDS = 0.05
+WAITING_MOST = (
+    256 << 20
+)  # bytes from all others that may wait to be heard; what 64 peers may say at once is half
 LINGER_MS = 250  # that a last word may take
 
 
@@ -104,11 +108,13 @@ class Agent:
         self.passed_over = 0  # messages that nobody understood
         self._watches: list[HoldingsWatch] = []  # the last one is believed
         self._links: dict[int, zmq.Socket[bytes]] = {}
-        self._router = answering(parts.context, parts.keys)
+        self.meter = Meter(WAITING_MOST)
+        self._router = answering(parts.context, parts.keys, self.meter)
         try:
             for address in listen:
                 self._router.bind(address)
         except zmq.ZMQError:
+            self.meter.forget(self._router)
             self._router.close()
             raise
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -155,6 +161,12 @@ class Agent:
         self._do(self.node.leave())
 
     def _tick(self, now: float) -> None:
+        if self.meter.look():
+            logger.error(
+                "lmcache: somebody sent more than %d MiB that nobody takes: the connection was cut. Software of a node is "
+                "broken, or hostile; take its key off the list",
+                WAITING_MOST >> 20,
+            )
         self._parts.directory.beat()
         self._parts.pages.tick(now)
         self._do(self.node.tick(now))
@@ -223,6 +235,7 @@ class Agent:
                 frames = self._router.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
+            self.meter.taken.add(sum(len(frame) + PART_BYTES for frame in frames))
             if len(frames) != 2:
                 self.passed_over += 1
                 continue
@@ -254,6 +267,7 @@ class Agent:
                 frames = socket.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
+            self.meter.taken.add(sum(len(frame) + PART_BYTES for frame in frames))
             try:
                 message = decode(frames[0])
             except NotUnderstoodError:
@@ -276,7 +290,7 @@ class Agent:
     def _open(self, link: int, address: str, key: str) -> None:
         self._drop(link)
         try:
-            socket = asking(self._parts.context, address, key, self._parts.keys)
+            socket = asking(self._parts.context, address, key, self._parts.keys, self.meter)
         except zmq.ZMQError as error:  # it is silent then, and tried again later
             logger.warning("lmcache: cannot connect to %a: %s", address, error)
             return
@@ -287,6 +301,7 @@ class Agent:
         socket = self._links.pop(link, None)
         if socket is not None:
             self._poller.unregister(socket)
+            self.meter.forget(socket)
             socket.close(linger=LINGER_MS)
 
     def _say(self, link: int, message: Message) -> None:
@@ -313,5 +328,6 @@ class Agent:
             watch.close()
         for link in list(self._links):
             self._drop(link)
+        self.meter.forget(self._router)
         self._router.close(linger=LINGER_MS)
         os.close(self._wake)

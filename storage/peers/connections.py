@@ -14,6 +14,7 @@ import zmq
 
 from ...errors import Reason, TierError
 from .keys import KeyPair
+from .meter import Meter
 from .sockets import asking
 
 IDLE_SECONDS = 60.0  # after which a connection is closed
@@ -41,6 +42,7 @@ class Connections:
 
     Args:
         keys: this node's.
+        meter: of what comes through them.
         clock: seconds that only grow.
     """
 
@@ -48,16 +50,24 @@ class Connections:
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         keys: KeyPair,
+        meter: Meter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._context = context
         self._keys = keys
+        self.meter = meter
         self._clock = clock
         self._lock = Lock()
         self._idle: dict[Peer, list[Connection]] = defaultdict(list)
         # Also numbers of a process before this one must mean nothing to a server that still sends to it.
         self._numbers = itertools.count(SystemRandom().getrandbits(40))
         self._is_closed = False
+        self._lent = 0
+
+    @property
+    def lent(self) -> int:
+        """Connections that reads have now."""
+        return self._lent
 
     def number(self) -> int:
         """Of a new request."""
@@ -72,6 +82,7 @@ class Connections:
         with self._lock:
             idle = self._idle[peer]
             lent = [idle.pop() for _ in range(min(count, len(idle)))]
+            self._lent += len(lent)
         try:
             while len(lent) < count:
                 lent.append(self._connect(peer))
@@ -82,19 +93,29 @@ class Connections:
         return lent
 
     def _connect(self, peer: Peer) -> Connection:
-        socket = asking(self._context, peer.address, peer.key, self._keys)
+        socket = asking(self._context, peer.address, peer.key, self._keys, self.meter)
+        with self._lock:
+            self._lent += 1
         return Connection(peer, socket, self._clock())
 
     def give_back(self, connection: Connection) -> None:
         connection.used = self._clock()
         with self._lock:
+            self._lent -= 1
             if not self._is_closed:
                 self._idle[connection.peer].append(connection)
                 return
-        self.end(connection)
+        self._close(connection)
 
     def end(self, connection: Connection, last_word_ms: int = 0) -> None:
-        """Close it, with whatever is still on its way. Args: last_word_ms: that what was sent last has to leave."""
+        """Close one that was lent. Args: last_word_ms: that what was sent last has to leave."""
+        with self._lock:
+            self._lent -= 1
+        self._close(connection, last_word_ms)
+
+    def _close(self, connection: Connection, last_word_ms: int = 0) -> None:
+        """With whatever is still on its way."""
+        self.meter.forget(connection.socket)
         connection.socket.close(linger=last_word_ms)
 
     def tidy(self) -> None:
@@ -105,7 +126,7 @@ class Connections:
             for connection in old:
                 self._idle[connection.peer].remove(connection)
         for connection in old:
-            self.end(connection)
+            self._close(connection)
 
     def close(self) -> None:
         """Close all that are not lent; those are when they are given back."""
@@ -114,4 +135,4 @@ class Connections:
             idle = [connection for each in self._idle.values() for connection in each]
             self._idle.clear()
         for connection in idle:
-            self.end(connection)
+            self._close(connection)

@@ -17,10 +17,12 @@ import zmq
 
 from ...kernels.pages import PageSegments
 from .. import _native
+from .._native import Tally
 from ..base import Limits
 from .libzmq import libzmq
 from .messages import FRAME_MOST, PAGE_MOST, PAGES_MOST, VERSION, Credit, Get, encode
 
+UNCOUNTED = Tally()
 LONG_SECONDS = 3600.0  # of a call without a deadline: the streams stall long before
 
 
@@ -122,13 +124,18 @@ class Fetched:
 
 
 def fetch(
-    streams: Sequence[Stream], keys: Sequence[bytes], into: PageSegments, limits: Limits
+    streams: Sequence[Stream],
+    keys: Sequence[bytes],
+    into: PageSegments,
+    limits: Limits,
+    taken: Tally = UNCOUNTED,
 ) -> Fetched:
     """Ask for pages, and wait until all are settled or the limits have passed.
 
     Args:
         streams: each with a socket of its own, and no page in two of them.
         keys, into: of all pages of the batch.
+        taken: counts what comes (meter.py).
 
     Raises:
         ConfigError: libzmq cannot be used.
@@ -145,6 +152,7 @@ def fetch(
         into.per_page,
         limits.left(LONG_SECONDS),
         limits.cancel,
+        taken,
     )
     return Fetched([_CAME[code] for code in came], [_delivered(*each) for each in outcomes])
 

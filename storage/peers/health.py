@@ -17,6 +17,7 @@ from .backoff import Backoff
 logger = logging.getLogger(__name__)
 
 LIES = 2  # in a row
+EMPTY = 8  # answers in a row without a page of those that it told of
 QUARANTINE_SECONDS = 600.0
 FIRST_WINDOW = 2 << 20  # bytes on their way from a peer that is cold
 GUESSED_RATE = 1e9  # bytes a second, of a peer that served nothing yet
@@ -43,6 +44,7 @@ class Health:
         self._is_tried = False  # by one read, after a rest
         self._has_failed = False
         self._lies = 0
+        self._empty = 0
         self._window = min(most, FIRST_WINDOW)
 
     def usable(self, now: float) -> bool:
@@ -62,7 +64,7 @@ class Health:
             self._window = min(self._most, FIRST_WINDOW)
 
     def begin(self) -> None:
-        """A read asks it. It ends with one of the next four."""
+        """A read asks it. It ends with one of the next five."""
         with self._lock:
             self._is_tried = self._has_failed
 
@@ -74,7 +76,7 @@ class Health:
             else:
                 self._latency = first
             self._has_failed = self._is_tried = False
-            self._lies = 0
+            self._lies = self._empty = 0
             self._backoff.succeeded()
             if size:
                 self._window = min(self._most, 2 * self._window)
@@ -85,6 +87,14 @@ class Health:
         """The read ended before anything could be said: it had little time, or was given up."""
         with self._lock:
             self._is_tried = False
+
+    def had_nothing(self, now: float) -> None:
+        """It answered, with no page of those that it had told of. They may just have given way there; but not each time."""
+        with self._lock:
+            self._is_tried = False
+            self._empty += 1
+            if self._empty >= EMPTY:
+                self._rest(now, self._backoff.pause())
 
     def failed(self, now: float) -> None:
         """It did not: dead, hung or gone."""

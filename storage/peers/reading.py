@@ -168,7 +168,7 @@ class Reading:
             ]
             streams = [each.stream for each in asked]
             limits = Limits.within(left, self._cancel)
-            fetched = fetch(streams, self._keys, self._into, limits)
+            fetched = fetch(streams, self._keys, self._into, limits, self._connections.meter.taken)
             failed.pop_all()
         went: dict[int, list[Delivered]] = {}
         for each, delivered in zip(asked, fetched.streams, strict=True):
@@ -241,9 +241,11 @@ def _judge(health: Health, streams: Sequence[Delivered], given: float) -> None:
         size == 0 and ends == {Ended.LATE} and given >= FAIR_SECONDS
     ):
         health.failed(now)
-    elif size:  # who has nothing of what it told is neither well nor ill
+    elif size:
         firsts = [each.seconds_to_first for each in streams if each.seconds_to_first is not None]
         seconds = max(stream.seconds for stream in streams)
         health.served(size, min(firsts, default=seconds), seconds)
+    elif ends == {Ended.COMPLETE}:
+        health.had_nothing(now)
     else:
         health.gave_no_sign()

@@ -7,6 +7,7 @@ import zmq
 from ..base import KEY_BYTES
 from .keys import KeyPair
 from .messages import MESSAGE_MOST, PAGES_MOST
+from .meter import Meter
 
 # Bytes of the largest message that is asked: a `Get`.
 ASKED_MOST = PAGES_MOST * (KEY_BYTES + 8) + 4096
@@ -17,10 +18,13 @@ QUEUE = 256  # messages of a connection in each direction; credit and `UNHEARD` 
 HEARTBEAT_MS = 2000  # ZMTP's own, which finds a cut cable also where nothing is asked
 
 
-def answering(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair) -> zmq.Socket[bytes]:
-    """The ROUTER that everybody connects to; to be bound."""
+def answering(
+    context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair, meter: Meter
+) -> zmq.Socket[bytes]:
+    """The ROUTER that everybody connects to; to be bound. `meter.forget` it before it is closed."""
     socket = context.socket(zmq.ROUTER)
     _limit(socket, ASKED_MOST)
+    meter.watch(socket)
     socket.router_mandatory = True  # who is gone is told of, instead of passed over
     socket.setsockopt(zmq.BACKLOG, 256)
     if keys:
@@ -32,9 +36,9 @@ def answering(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair) -> zmq.Soc
 
 
 def asking(
-    context: zmq.Context[zmq.Socket[bytes]], address: str, key: str, keys: KeyPair
+    context: zmq.Context[zmq.Socket[bytes]], address: str, key: str, keys: KeyPair, meter: Meter
 ) -> zmq.Socket[bytes]:
-    """A DEALER, connected to a peer. Args: key: the peer's; empty: not encrypted.
+    """A DEALER, connected to a peer. `meter.forget` it before it is closed. Args: key: the peer's; empty: not encrypted.
 
     Raises:
         zmq.ZMQError: no socket, or no address.
@@ -44,12 +48,14 @@ def asking(
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MOST_MS)
     try:
+        meter.watch(socket)
         if key:
             socket.curve_serverkey = key.encode()
             socket.curve_publickey = keys.public.encode()
             socket.curve_secretkey = keys.secret.encode()
         socket.connect(address)
     except zmq.ZMQError:
+        meter.forget(socket)
         socket.close()
         raise
     return socket

@@ -41,6 +41,7 @@ from .health import Health
 from .keeping import Keep, Keeping
 from .keys import KeyPair
 from .messages import PAGES_MOST, Expect, encode
+from .meter import Meter, NoMeter
 from .reading import Holders, Reader, Reading
 from .standing import Standing
 
@@ -54,6 +55,7 @@ LOOK_SECONDS = 0.1  # between looks at whether the agent, or a peer, is another 
 AGENT_SECONDS = 15.0  # without a sign of life of the agent, after which nobody is believed
 NAMESPACES_MOST = 1024  # of which the length of a page is remembered
 HEALTHS_MOST = 4 * PEERS_MOST
+UNASKED_MOST = 256 << 20  # bytes that may wait beyond those that were asked for
 WRONG_MOST = 4096  # pages remembered that came wrong
 EXPECTED_LEAST = 2  # pages of a chain that make a word to the peer worth it
 
@@ -77,7 +79,7 @@ class PeerTier(OuterTier):
         keys: this node's; empty: nothing is encrypted.
         limits: may be replaced at any time (`limits` attribute).
         tell: the node's agent what was put here.
-        refreshed: somebody calls `refresh` again and again, so that no lookup has to.
+        refreshed: somebody calls `refresh` and `meter` again and again, so that no lookup has to.
     """
 
     def __init__(
@@ -99,7 +101,8 @@ class PeerTier(OuterTier):
         self._owns_context = context is None
         self._context = context or zmq.Context(limits.streams)
         _require_sockets(self._context)
-        self._connections = Connections(self._context, keys)
+        self._meter = Meter(UNASKED_MOST) if refreshed else NoMeter()
+        self._connections = Connections(self._context, keys, self._meter)
         self._view = DirectoryView(directory / HEAD, AGENT_SECONDS)
         self._limits = limits
         self._keeping = Keeping(limits.keep)
@@ -222,6 +225,16 @@ class PeerTier(OuterTier):
     def refresh(self) -> None:
         """Look whether the agent, or its table, is another one, and map that: milliseconds after it grew."""
         self._view.refresh()
+
+    def meter(self) -> None:
+        """Look whether a peer sends what nobody asked for. By whoever calls `refresh`."""
+        self._meter.most = UNASKED_MOST + self._connections.lent * self._limits.window
+        if self._meter.look():
+            logger.error(
+                "lmcache: a peer sent %d MiB that nobody asked for: its connection was cut. Its software is broken, or "
+                "hostile; take its key off the list",
+                UNASKED_MOST >> 20,
+            )
 
     def holders(self, keys: Sequence[bytes]) -> Holders:
         """Who has the pages and may be asked now."""

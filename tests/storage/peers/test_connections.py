@@ -12,6 +12,7 @@ from lmcache_sglang.errors import Reason, TierError
 from lmcache_sglang.storage.peers import connections as module
 from lmcache_sglang.storage.peers.connections import IDLE_SECONDS, Connections, Peer
 from lmcache_sglang.storage.peers.keys import NO_KEYS
+from lmcache_sglang.storage.peers.meter import NoMeter
 from lmcache_sglang.storage.peers.sockets import asking
 from tests.storage.clock import Clock
 
@@ -26,7 +27,7 @@ def clock() -> Clock:
 @pytest.fixture
 def connections(clock: Clock) -> Iterator[Connections]:
     with zmq.Context() as context:
-        made = Connections(context, NO_KEYS, clock)
+        made = Connections(context, NO_KEYS, NoMeter(), clock)
         yield made
         made.close()
 

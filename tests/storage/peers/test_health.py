@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from lmcache_sglang.storage.peers.backoff import MOST_SECONDS
-from lmcache_sglang.storage.peers.health import FIRST_WINDOW, QUARANTINE_SECONDS, Health
+from lmcache_sglang.storage.peers.health import EMPTY, FIRST_WINDOW, QUARANTINE_SECONDS, Health
 
 MOST = 64 << 20
 
@@ -49,6 +49,29 @@ def test_a_peer_that_failed_rests_and_is_cold_again(health: Health) -> None:
     assert not health.usable(100.0)
     assert health.usable(101.0)
     assert health.window == FIRST_WINDOW
+
+
+def test_who_never_has_what_it_told_of_is_left_alone_longer_and_longer(health: Health) -> None:
+    now, rests = 100.0, []
+    for _ in range(EMPTY + 4):
+        health.begin()
+        health.had_nothing(now)
+        began = now
+        while not health.usable(now):
+            now += 0.05
+        rests.append(now - began)
+    assert rests[: EMPTY - 1] == [0.0] * (EMPTY - 1)
+    assert rests[EMPTY - 1] > 0
+    assert rests[-1] > 4 * rests[EMPTY - 1]
+
+
+def test_a_page_in_between_begins_that_count_anew_too(health: Health) -> None:
+    for _ in range(3):
+        for _ in range(EMPTY - 1):
+            health.begin()
+            health.had_nothing(100.0)
+        serve(health)
+    assert health.usable(100.0)
 
 
 def test_after_its_rest_one_read_tries_it(health: Health) -> None:
