@@ -208,7 +208,7 @@ def test_an_engine_outlives_a_hostile_peer(
         done = Event()
 
         def keep_reading() -> None:
-            while not done.is_set():
+            while not done.wait(0.01):
                 read(tier, keys, MIB)
 
         reading = Thread(target=keep_reading)
