@@ -148,6 +148,7 @@ void Control::clear_counts() {
   for (uint32_t i = 0; i < kOwners; ++i) owners_[i].held = 0;
   header_->pages = header_->bytes = header_->reserved = header_->reserved_bytes = 0;
   header_->dirty_bytes = header_->spilling_bytes = 0;
+  header_->forgotten = 0;
   header_->dirty = {kNone, kNone, 0};
 }
 

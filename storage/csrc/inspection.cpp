@@ -77,7 +77,9 @@ void Inspection::count(const Slot& slot, uint64_t bytes) {
   bytes_ += live ? bytes : 0;
   reserved_ += reserved;
   reserved_bytes_ += reserved ? bytes : 0;
-  spilling_bytes_ += spilling && !(slot.flags & kShown) ? bytes : 0;
+  const bool goes_below = spilling && !(slot.flags & kShown);
+  spilling_bytes_ += goes_below ? bytes : 0;
+  forgotten_ += goes_below && !live;
   dirty_bytes_ += slot.queue == Queue::Dirty ? bytes : 0;
   if (slot.space < kSpaces) {
     ++pages_in_[slot.space];
@@ -122,7 +124,8 @@ void Inspection::look_at_totals() {
   if (live_ > entries_) problem("slots hold pages that the index does not name");
   if (reserved_ != header.reserved || reserved_bytes_ != header.reserved_bytes)
     problem("other slots are reserved than counted");
-  if (dirty_bytes_ != header.dirty_bytes || spilling_bytes_ != header.spilling_bytes)
+  if (dirty_bytes_ != header.dirty_bytes || spilling_bytes_ != header.spilling_bytes ||
+      forgotten_ != header.forgotten)
     problem("what goes below is other than counted");
   for (uint32_t i = 0; i < kSpaces; ++i)
     if (const Space& it = control_.space(i); pages_in_[i] != it.pages || bytes_in_[i] != it.bytes)

@@ -38,7 +38,10 @@ void SlabStore::settle_left_over() {
   }
   for (const Job& job : jobs) release(job);
   for (const auto& [page, outcome] : pages)
-    if (!settle_one(page, outcome)) gone_.push_back(page.key);
+    if (!settle_one(page, outcome)) {
+      gone_.push_back(page.key);
+      let_go_one(page);
+    }
 }
 
 // Reserves slots for the wanted pages, the first ones first. Of the batch's pages that are present
@@ -456,10 +459,12 @@ uint32_t SlabStore::drop(const Key& key, const Found& found, Index::Write& chang
   const uint32_t parent = leave_parent(key, found.entry.parent, slot.tick, changes);
   delist(number);
   count_out(number);
-  if (slot.flags & kSpilling)
-    slot.state = State::Reserved;  // its writer frees it
-  else
+  if ((slot.flags & kSpilling) == 0) {
     free_slot(number);
+  } else {  // who has it in hand frees it
+    slot.state = State::Reserved;
+    if ((slot.flags & kShown) == 0) ++control_.header().forgotten;
+  }
   return parent;
 }
 

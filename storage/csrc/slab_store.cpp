@@ -14,6 +14,7 @@ namespace {
 
 constexpr size_t kClearChunk = kIndexBatch;  // pages forgotten in one hold of the mutex
 constexpr uint64_t kQuotaAtOnce = kIndexBatch * kBlock;
+constexpr auto kForgottenWait = std::chrono::seconds(2);
 constexpr auto kReleaseWait = std::chrono::milliseconds(200);
 constexpr auto kAttachWait = std::chrono::seconds(10);
 constexpr auto kGlance = std::chrono::milliseconds(1);  // LMDB has no way to wait for a reader
@@ -354,7 +355,17 @@ size_t SlabStore::clear(std::string_view space, Deadline deadline) {
     removed += some;
   } while (some == kClearChunk);
   advance(control_.header().room);
+  wait_for_forgotten(std::min(deadline, Clock::now() + kForgottenWait));
   return removed;
+}
+
+// Until the tier below gets none of the pages any more that were removed while it did: whoever
+// clears it next clears all. A device that hangs is not waited for; what it gets, `let_go` undoes.
+void SlabStore::wait_for_forgotten(Deadline deadline) {
+  for (;;) {
+    const uint32_t seen = room_seen();
+    if (control_.header().forgotten == 0 || !wait_for_room(seen, deadline)) return;
+  }
 }
 
 size_t SlabStore::clear_some(std::string_view space, Deadline deadline) {
@@ -450,7 +461,9 @@ void SlabStore::unhold(uint32_t number) {
   --control_.owner(slot.owner).held;
   slot.owner = 0;
   const uint8_t was = slot.flags.fetch_and(static_cast<uint8_t>(~(kSpilling | kShown | kAsked)));
-  if ((was & kShown) == 0) control_.header().spilling_bytes -= control_.slot_bytes(number);
+  if (was & kShown) return;
+  control_.header().spilling_bytes -= control_.slot_bytes(number);
+  if (slot.state == State::Reserved) --control_.header().forgotten;
 }
 
 bool Shown::holds(const uint8_t* at, uint64_t bytes) const {
@@ -549,7 +562,33 @@ std::vector<Key> SlabStore::settle(std::span<const Lent> pages, std::span<const 
   return gone;
 }
 
-// False when the page was forgotten while it was being written.
+// The tier below has forgotten those too. Who read one there meanwhile may have brought it up again.
+void SlabStore::let_go(std::span<const Lent> pages, std::span<const Key> gone, Deadline deadline) {
+  try {
+    const Change change(*this, deadline);
+    for (const Lent& page : pages) let_go_one(page);
+    const Index::Read snapshot(index_);
+    for (const Key& key : gone) {
+      const Found found = snapshot.find(key);
+      const uint32_t slot = found.kind == Found::Kind::Present ? slot_of(found.entry) : kNone;
+      if (slot != kNone) make_dirty(slot);
+    }
+  } catch (const Failure&) {  // the next change of this process does
+    const std::lock_guard guard(abandoned_lock_);
+    for (const Lent& page : pages) unsettled_.emplace_back(page, Stored::Present);
+    throw;
+  }
+  advance(control_.header().room);
+}
+
+void SlabStore::let_go_one(const Lent& page) {
+  if (!is_lent(page) || control_.slot(page.slot).state != State::Reserved) return;
+  unhold(page.slot);
+  free_slot(page.slot);
+}
+
+// False when the page was forgotten while it was being written: then its slot is held until
+// `let_go`.
 bool SlabStore::settle_one(const Lent& page, Stored outcome) {
   if (!is_lent(page)) return is_here(page);
   Slot& slot = control_.slot(page.slot);
@@ -557,11 +596,8 @@ bool SlabStore::settle_one(const Lent& page, Stored outcome) {
     take_back(page.slot);
     return true;
   }
+  if (slot.state == State::Reserved) return false;
   unhold(page.slot);
-  if (slot.state == State::Reserved) {
-    free_slot(page.slot);
-    return false;
-  }
   if (outcome == Stored::Late) {
     control_.push_oldest(control_.header().dirty, page.slot, Queue::Dirty);
     control_.header().dirty_bytes += control_.slot_bytes(page.slot);

@@ -118,9 +118,11 @@ class SlabStore {
   std::vector<bool> used_again(std::span<const Key> keys);
 
   std::vector<Lent> lend(uint64_t bytes_most, Deadline deadline);
-  // Those of the pages that were forgotten meanwhile: the tier below must forget them too.
+  // Those of the pages that were forgotten meanwhile: the tier below must forget them too, and then
+  // they are let go. Pages that are here once more are queued for it again.
   std::vector<Key> settle(std::span<const Lent> pages, std::span<const Stored> outcome,
                           Deadline deadline);
+  void let_go(std::span<const Lent> pages, std::span<const Key> gone, Deadline deadline);
   // Those of the pages that are here, of these lengths, and that nobody has in hand; where slots
   // can be read in place. It counts as a use of them. Until `unshow` they are not evicted; removed,
   // they keep their bytes. Nobody has verified them.
@@ -251,6 +253,8 @@ class SlabStore {
   bool may_be_shown(const Found& found, uint64_t bytes);
   bool is_lent(const Lent& page);
   void unshow_one(const Lent& page);
+  void let_go_one(const Lent& page);
+  void wait_for_forgotten(Deadline deadline);
   void take_back(uint32_t slot);
   void hold(uint32_t slot, uint8_t flags);
   void unhold(uint32_t slot);

@@ -33,8 +33,16 @@ inline Spilled spill(SlabStore& upper, SlabStore& lower, uint64_t bytes_most,
   std::vector<Stored> outcome(lent.size(), Stored::Failed);
   // What was lent is settled whatever happens; later than the deadline, if need be.
   const auto settle = [&] {
-    const auto gone = upper.settle(lent, outcome, Clock::now() + std::chrono::seconds(5));
-    if (!gone.empty()) lower.remove(gone, limits.deadline);
+    const auto later = [] { return Clock::now() + std::chrono::seconds(5); };
+    const auto gone = upper.settle(lent, outcome, later());
+    if (gone.empty()) return;
+    try {
+      lower.remove(gone, limits.deadline);
+    } catch (...) {
+      upper.let_go(lent, gone, later());
+      throw;
+    }
+    upper.let_go(lent, gone, later());
   };
   try {
     outcome = lower.put({keys, pages, bytes}, checksums, parents, Spill::Never, limits);

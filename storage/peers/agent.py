@@ -139,7 +139,8 @@ class Agent:
         self.wake()
 
     def wake(self) -> None:
-        os.eventfd_write(self._wake, 1)
+        if self._wake >= 0:  # a signal may come after `close`
+            os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
         """End the loop soon. May be called by a signal's handler."""
@@ -330,4 +331,5 @@ class Agent:
             self._drop(link)
         self.meter.forget(self._router)
         self._router.close(linger=LINGER_MS)
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1
+        os.close(wake)

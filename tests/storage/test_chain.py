@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from threading import Thread
+from threading import Thread, current_thread
 from types import SimpleNamespace
 from typing import cast
 
@@ -25,6 +25,7 @@ from lmcache_sglang.storage.slab.tier import SlabTier
 from lmcache_sglang.testing.damage import flip
 from lmcache_sglang.testing.faulty_tier import FaultyTier
 from lmcache_sglang.testing.injection import Failing, Recorded, injected
+from lmcache_sglang.testing.small_store import OWN_NAMESPACE
 from lmcache_sglang.testing.tier_suite import (
     OTHER_NAMESPACE,
     PAGE,
@@ -740,6 +741,50 @@ def test_cleared_pages_do_not_come_back_from_the_way_down(chain: Chain) -> None:
     assert get(chain, ours + theirs) == [True, True, False, False]
     put_and_flush(chain, theirs)  # and they can be put again
     assert lower(chain).exists(theirs) == [True, True]
+
+
+def test_a_clear_waits_for_what_is_on_its_way_down(chain: Chain) -> None:
+    """Or a read of the lower tier, just after it, would bring back what it forgot."""
+    keys, held = some_keys(2), Held()
+    with injected(held):
+        put(chain, keys)
+        assert held.reached.wait(SOON)
+        clearing = Thread(target=chain.clear, args=(OWN_NAMESPACE,))
+        clearing.start()
+        until(lambda: upper(chain).exists(keys) == [False] * 2)
+        clearing.join(0.2)
+        assert clearing.is_alive()
+        held.may_pass.set()
+        clearing.join(SOON)
+    assert lower(chain).exists(keys) == get(chain, keys) == [False] * 2
+
+
+def test_what_came_up_from_below_just_before_it_was_to_go_there_is_written_again(
+    chain: Chain,
+) -> None:
+    """A disk hangs for longer than a clear waits for it, and is read before it forgets."""
+    keys, held, forgets = some_keys(1), Held("flush"), Held("index_begin")
+
+    def hook(name: str, offset: int, size: int) -> int:
+        held(name, offset, size)
+        if held.may_pass.is_set() and current_thread().name == "lmcache-keeper" and commits:
+            forgets(name, offset, size)
+        if name == "index_committed" and current_thread().name == "lmcache-keeper":
+            commits.append(name)
+        return 0
+
+    commits: list[str] = []
+    with injected(hook):
+        put(chain, keys)
+        assert held.reached.wait(SOON)
+        chain.clear(OWN_NAMESPACE)
+        held.may_pass.set()
+        assert forgets.reached.wait(SOON)
+        assert get(chain, keys) == [True]
+        assert upper(chain).exists(keys) == [True]
+        forgets.may_pass.set()
+        assert chain.flush(SOON)
+    assert upper(chain).exists(keys) == lower(chain).exists(keys) == [True]
 
 
 def test_close_does_not_wait_for_ever_and_memory_keeps_what_waits(

@@ -78,6 +78,7 @@ class Machine(RuleBasedStateMachine):
         self.pinned: set[int] = set()
         self.shown: list[tuple[Shown, dict[int, int]]] = []  # numbers, and where they lie
         self.spoilt: set[int] = set()  # of those places
+        self.held: dict[int, int] = {}  # of the pages that are there: removed and put anew, one is not
         self.quotas = dict.fromkeys(NAMESPACES, 0)
         self.tier = self.store.open()
 
@@ -152,7 +153,7 @@ class Machine(RuleBasedStateMachine):
         self.quotas[namespace] = slots * BLOCK
         gone = self.look_who_gave_way(new=set())
         assert all(namespace_of(number) == namespace for number in gone)
-        if not self.pinned and not self.shown and slots:
+        if not self.pinned and not self.held and slots:
             assert self.used_by(namespace) <= slots * BLOCK
 
     @rule(batch=batches)
@@ -161,10 +162,11 @@ class Machine(RuleBasedStateMachine):
         pages = [page_of(number) for number in batch]
         shown = self.tier.show([key for key, _ in pages], [len(content) for _, content in pages])
         where = {batch[place]: address for place, address, _ in shown.pages}
-        seen = {number for _, others in self.shown for number in others}
-        assert where.keys() <= self.model.keys()
-        assert where.keys() >= (set(batch) & self.model.keys() - seen if self.memory else set())
+        assert where.keys() == (
+            set(batch) & self.model.keys() - self.held.keys() if self.memory else set()
+        )
         self.shown.append((shown, where))
+        self.held |= where
         self.spoilt |= {address for number, address in where.items() if number in self.damaged}
 
     @rule(which=st.integers(0, 3))
@@ -172,6 +174,7 @@ class Machine(RuleBasedStateMachine):
         if which < len(self.shown):
             shown, where = self.shown.pop(which)
             self.spoilt -= set(where.values())
+            self.held = {n: at for n, at in self.held.items() if where.get(n) != at}
             self.tier.unshow(shown)
 
     # What happens to it.
@@ -202,6 +205,7 @@ class Machine(RuleBasedStateMachine):
         """What was shown is nobody's any more."""
         self.tier.close()
         self.shown.clear()
+        self.held.clear()
         self.spoilt.clear()
         self.tier = self.store.open()
 
@@ -209,6 +213,7 @@ class Machine(RuleBasedStateMachine):
     def be_killed_and_reopened(self, batch: list[int], kind: str, step: int) -> None:
         self.tier.close()
         self.shown.clear()
+        self.held.clear()
         self.spoilt.clear()
         log = Log(self.folder / "log")
         with suppress(Died):  # the script may come to its end before that step
@@ -229,8 +234,7 @@ class Machine(RuleBasedStateMachine):
         assert found <= self.model.keys()
         gone = self.model.keys() - found
         assert not gone & self.pinned, "a pinned page gave way"
-        seen = {number for _, where in self.shown for number in where}
-        assert not gone & seen, "a page that is shown gave way"
+        assert not gone & self.held.keys(), "a page that is shown gave way"
         for number, parent in self.model.items():
             if number in found - new:
                 assert parent not in gone, "a page was kept without its ancestors"
@@ -241,6 +245,7 @@ class Machine(RuleBasedStateMachine):
         self.model = {n: parent for n, parent in self.model.items() if n not in gone}
         self.damaged -= gone
         self.pinned -= gone
+        self.held = {n: at for n, at in self.held.items() if n not in gone}
 
     def used_by(self, namespace: bytes) -> int:
         return sum(slot_bytes(n) for n in self.model if namespace_of(n) == namespace)
