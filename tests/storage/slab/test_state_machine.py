@@ -78,7 +78,7 @@ class Machine(RuleBasedStateMachine):
         self.pinned: set[int] = set()
         self.shown: list[tuple[Shown, dict[int, int]]] = []  # numbers, and where they lie
         self.spoilt: set[int] = set()  # of those places
-        self.held: dict[int, int] = {}  # of the pages that are there: removed and put anew, one is not
+        self.held: dict[int, int] = {}  # of those, what was not removed since
         self.quotas = dict.fromkeys(NAMESPACES, 0)
         self.tier = self.store.open()
 
