@@ -128,7 +128,7 @@ struct Header {
   std::atomic<uint64_t> evicted;      // read without the mutex too
   uint64_t dirty_bytes, spilling_bytes;
   std::atomic<uint64_t> forgotten;  // slots of pages that were removed while written below
-  uint64_t lost;  // dirty pages given up for room
+  uint64_t lost;                    // dirty pages given up for room
   List dirty;
   uint32_t ghosts_used;
   pthread_mutex_t mutex;

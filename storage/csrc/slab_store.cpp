@@ -562,7 +562,8 @@ std::vector<Key> SlabStore::settle(std::span<const Lent> pages, std::span<const 
   return gone;
 }
 
-// The tier below has forgotten those too. Who read one there meanwhile may have brought it up again.
+// The tier below has forgotten those too. Who read one there meanwhile may have brought it up
+// again.
 void SlabStore::let_go(std::span<const Lent> pages, std::span<const Key> gone, Deadline deadline) {
   try {
     const Change change(*this, deadline);
