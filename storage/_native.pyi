@@ -169,7 +169,7 @@ def fetch_pages(
     per_page: int,
     seconds: float,
     cancel: Cancel | None,
-    taken: Tally,
+    taken: list[Tally],
 ) -> tuple[bytes, list[StreamResult]]: ...
 
 class Tally:

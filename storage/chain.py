@@ -397,6 +397,10 @@ class Chain:
             except TierError as error:
                 self.faults.error(error)
                 errors.append(error)
+        if self._upper is not None and self._lower is not None and not errors:
+            self._ask(
+                self._upper, 0, self._upper.clear, namespace
+            )  # what a read brought up meanwhile
         if self._peers is not None:
             self._peers.announce(())  # others must not believe in them for longer than that takes
         if errors:

@@ -207,7 +207,7 @@ def _drained(store: SlabStore, deadline: float) -> bool:
     """Wait until nothing is queued or being written; False when the time ran out first."""
     while True:
         seen, counts = store.room_seen(), store.counts()
-        if not counts["dirty_pages"] and not counts["spilling_bytes"]:
+        if not (counts["dirty_pages"] or counts["asked_pages"] or counts["spilling_bytes"]):
             return True
         left = min(LOOK_SECONDS, deadline - time.monotonic())
         if left <= 0:

@@ -229,6 +229,7 @@ nb::dict counts(SlabStore& store) {
   result["reserved"] = counts.reserved;
   result["reserved_bytes"] = counts.reserved_bytes;
   result["spilling_bytes"] = counts.spilling_bytes;
+  result["asked_pages"] = counts.asked;
   result["evicted"] = counts.evicted;
   result["dirty_pages"] = counts.dirty_pages;
   result["dirty_bytes"] = counts.dirty_bytes;

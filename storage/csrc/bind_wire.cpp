@@ -119,7 +119,8 @@ StreamRequest request_of(const StreamArguments& given, Shares& shares) {
 std::pair<nb::bytes, std::vector<StreamResult>> fetch(
     const Libzmq& zmq, const std::vector<StreamArguments>& streams, const nb::list& key_objects,
     const std::vector<uint64_t>& addresses, const std::vector<uint64_t>& sizes, size_t per_page,
-    double seconds, const Cancel* cancel, Tally& taken) {
+    double seconds, const Cancel* cancel, const std::vector<Tally*>& taken) {
+  if (taken.size() != streams.size()) throw nb::value_error("a tally for each stream is wanted");
   const Pages pages(addresses, sizes, per_page);
   const auto wanted = wanted_of(keys_of(key_objects), pages);
   Shares shares(wanted);

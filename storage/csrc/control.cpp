@@ -149,6 +149,7 @@ void Control::clear_counts() {
   header_->pages = header_->bytes = header_->reserved = header_->reserved_bytes = 0;
   header_->dirty_bytes = header_->spilling_bytes = 0;
   header_->forgotten = 0;
+  header_->asked = 0;
   header_->dirty = {kNone, kNone, 0};
 }
 

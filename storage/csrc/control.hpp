@@ -25,7 +25,7 @@ using Clock = std::chrono::steady_clock;
 using Deadline = Clock::time_point;
 
 inline constexpr uint32_t kNone = 0xFFFFFFFF;
-inline constexpr uint32_t kControlVersion = 3;
+inline constexpr uint32_t kControlVersion = 4;
 inline constexpr uint32_t kSlotsMost = 16384;  // in one slab
 inline constexpr uint32_t kClasses = 48;
 inline constexpr uint32_t kSpaces = 256;
@@ -128,6 +128,7 @@ struct Header {
   std::atomic<uint64_t> evicted;      // read without the mutex too
   uint64_t dirty_bytes, spilling_bytes;
   std::atomic<uint64_t> forgotten;  // slots of pages that were removed while written below
+  uint64_t asked;                   // that are shown, and asked for below meanwhile
   uint64_t lost;                    // dirty pages given up for room
   List dirty;
   uint32_t ghosts_used;

@@ -80,6 +80,7 @@ void Inspection::count(const Slot& slot, uint64_t bytes) {
   const bool goes_below = spilling && !(slot.flags & kShown);
   spilling_bytes_ += goes_below ? bytes : 0;
   forgotten_ += goes_below && !live;
+  asked_ += (slot.flags & kAsked) != 0;
   dirty_bytes_ += slot.queue == Queue::Dirty ? bytes : 0;
   if (slot.space < kSpaces) {
     ++pages_in_[slot.space];
@@ -125,7 +126,7 @@ void Inspection::look_at_totals() {
   if (reserved_ != header.reserved || reserved_bytes_ != header.reserved_bytes)
     problem("other slots are reserved than counted");
   if (dirty_bytes_ != header.dirty_bytes || spilling_bytes_ != header.spilling_bytes ||
-      forgotten_ != header.forgotten)
+      forgotten_ != header.forgotten || asked_ != header.asked)
     problem("what goes below is other than counted");
   for (uint32_t i = 0; i < kSpaces; ++i)
     if (const Space& it = control_.space(i); pages_in_[i] != it.pages || bytes_in_[i] != it.bytes)

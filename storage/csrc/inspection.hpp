@@ -27,7 +27,7 @@ class Inspection {
   Control& control_;
   Check& report_;
   uint64_t entries_ = 0, live_ = 0, reserved_ = 0, bytes_ = 0, dirty_bytes_ = 0;
-  uint64_t reserved_bytes_ = 0, spilling_bytes_ = 0, forgotten_ = 0;
+  uint64_t reserved_bytes_ = 0, spilling_bytes_ = 0, forgotten_ = 0, asked_ = 0;
   std::array<uint64_t, kSpaces> pages_in_{}, bytes_in_{};
   std::array<uint32_t, kOwners> held_{};
   std::unordered_map<uint32_t, uint32_t> children_;

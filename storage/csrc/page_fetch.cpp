@@ -164,9 +164,9 @@ class Stream {
 class Fetch {
  public:
   Fetch(const Libzmq& zmq, std::span<const StreamRequest> requests, const Limits& limits,
-        Tally& taken)
+        std::span<Tally* const> taken)
       : zmq_(zmq), limits_(limits) {
-    for (const StreamRequest& request : requests) streams_.emplace_back(zmq, request, taken);
+    for (size_t i = 0; i < requests.size(); ++i) streams_.emplace_back(zmq, requests[i], *taken[i]);
   }
 
   void run() {
@@ -224,7 +224,7 @@ class Fetch {
 }  // namespace
 
 std::vector<StreamOutcome> fetch_pages(const Libzmq& zmq, std::span<const StreamRequest> requests,
-                                       const Limits& limits, Tally& taken) {
+                                       const Limits& limits, std::span<Tally* const> taken) {
   Fetch fetch(zmq, requests, limits, taken);
   fetch.run();
   return fetch.outcomes();

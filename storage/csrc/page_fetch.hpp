@@ -49,8 +49,9 @@ struct StreamOutcome {
   std::vector<Came> pages;
 };
 
-// Ends when every page is settled or the limits have passed, within about 50 ms.
+// taken: of each request. Ends when every page is settled or the limits have passed, within about
+// 50 ms.
 std::vector<StreamOutcome> fetch_pages(const Libzmq& zmq, std::span<const StreamRequest> requests,
-                                       const Limits& limits, Tally& taken);
+                                       const Limits& limits, std::span<Tally* const> taken);
 
 }  // namespace lmcache

@@ -36,12 +36,22 @@ void SlabStore::settle_left_over() {
     jobs.swap(abandoned_);
     pages.swap(unsettled_);
   }
-  for (const Job& job : jobs) release(job);
-  for (const auto& [page, outcome] : pages)
-    if (!settle_one(page, outcome)) {
-      gone_.push_back(page.key);
-      let_go_one(page);
-    }
+  size_t done = 0;
+  try {
+    for (const Job& job : jobs) release(job);
+    for (; done < pages.size(); ++done) settle_late(pages[done].first, pages[done].second);
+  } catch (...) {
+    const std::lock_guard guard(abandoned_lock_);
+    unsettled_.insert(unsettled_.end(), pages.begin() + static_cast<ptrdiff_t>(done), pages.end());
+    throw;
+  }
+  if (!pages.empty()) advance(control_.header().room);
+}
+
+void SlabStore::settle_late(const Lent& page, Stored outcome) {
+  if (settle_one(page, outcome)) return;
+  gone_.push_back(page.key);
+  let_go_one(page);
 }
 
 // Reserves slots for the wanted pages, the first ones first. Of the batch's pages that are present
@@ -464,6 +474,7 @@ uint32_t SlabStore::drop(const Key& key, const Found& found, Index::Write& chang
   } else {  // who has it in hand frees it
     slot.state = State::Reserved;
     if ((slot.flags & kShown) == 0) ++control_.header().forgotten;
+    if (slot.flags.fetch_and(static_cast<uint8_t>(~kAsked)) & kAsked) --control_.header().asked;
   }
   return parent;
 }
@@ -587,11 +598,12 @@ void SlabStore::delist(uint32_t number) {
 // Puts a live page among those that are to be written below.
 void SlabStore::make_dirty(uint32_t number) {
   Slot& slot = control_.slot(number);
+  slot.flags.fetch_and(static_cast<uint8_t>(~(kUnspilled | kHeld)));
   if (slot.flags & kShown) {
-    slot.flags.fetch_or(kAsked);
+    if (slot.state == State::Live && (slot.flags.fetch_or(kAsked) & kAsked) == 0)
+      ++control_.header().asked;
     return;
   }
-  slot.flags.fetch_and(static_cast<uint8_t>(~(kUnspilled | kHeld)));
   if (slot.state != State::Live || slot.queue == Queue::Dirty || (slot.flags & kSpilling) != 0)
     return;
   delist(number);

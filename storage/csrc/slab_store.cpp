@@ -4,6 +4,7 @@
 #include <cstring>
 #include <thread>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "change.hpp"
 #include "steps.hpp"
@@ -442,7 +443,7 @@ std::vector<Lent> SlabStore::lend(uint64_t bytes_most, Deadline deadline) {
     hold(slot, kSpilling);
     auto* data = const_cast<uint8_t*>(medium_->address(entry.offset));
     lent.push_back(
-        {key, slot, entry.generation, {data, entry.length}, entry.checksum, entry.parent});
+        {key, slot, entry.generation, {data, entry.length}, entry.checksum, entry.parent, false});
   }
   return lent;
 }
@@ -461,6 +462,7 @@ void SlabStore::unhold(uint32_t number) {
   --control_.owner(slot.owner).held;
   slot.owner = 0;
   const uint8_t was = slot.flags.fetch_and(static_cast<uint8_t>(~(kSpilling | kShown | kAsked)));
+  if (was & kAsked) --control_.header().asked;
   if (was & kShown) return;
   control_.header().spilling_bytes -= control_.slot_bytes(number);
   if (slot.state == State::Reserved) --control_.header().forgotten;
@@ -482,20 +484,32 @@ std::shared_ptr<Shown> SlabStore::show(std::span<const Key> keys, std::span<cons
   const Change change(*this, deadline);
   const Index::Read snapshot(index_);
   const uint32_t now = tick();
-  for (size_t i = 0; i < keys.size(); ++i) {
-    const Found found = snapshot.find(keys[i]);
-    if (!may_be_shown(found, bytes[i])) continue;
-    const Entry& entry = found.entry;
-    const uint32_t slot = slot_of(entry);
-    delist(slot);
-    hold(slot, kSpilling | kShown);
-    touch(slot, now);
-    auto* data = const_cast<uint8_t*>(medium_->address(entry.offset));
-    shown->pages.push_back(
-        {keys[i], slot, entry.generation, {data, entry.length}, entry.checksum, entry.parent});
-    shown->places.push_back(i);
+  try {
+    for (size_t i = 0; i < keys.size(); ++i) {
+      const Found found = snapshot.find(keys[i]);
+      if (!may_be_shown(found, bytes[i])) continue;
+      shown->pages.push_back(show_one(keys[i], found.entry, now));
+      shown->places.push_back(i);
+    }
+  } catch (...) {  // nobody gets those: the next change of this process takes them back
+    leave_to_next_change(shown->pages, Stored::Present);
+    throw;
   }
   return shown;
+}
+
+Lent SlabStore::show_one(const Key& key, const Entry& entry, uint32_t now) {
+  const uint32_t slot = slot_of(entry);
+  delist(slot);
+  hold(slot, kSpilling | kShown);
+  touch(slot, now);
+  auto* data = const_cast<uint8_t*>(medium_->address(entry.offset));
+  return {key, slot, entry.generation, {data, entry.length}, entry.checksum, entry.parent, true};
+}
+
+void SlabStore::leave_to_next_change(std::span<const Lent> pages, Stored outcome) {
+  const std::lock_guard guard(abandoned_lock_);
+  for (const Lent& page : pages) unsettled_.emplace_back(page, outcome);
 }
 
 bool SlabStore::may_be_shown(const Found& found, uint64_t bytes) {
@@ -512,9 +526,8 @@ void SlabStore::unshow(const Shown& shown, Deadline deadline) {
   try {
     const Change change(*this, deadline);
     for (const Lent& page : shown.pages) unshow_one(page);
-  } catch (const Failure&) {  // the next change of this process takes them back
-    const std::lock_guard guard(abandoned_lock_);
-    for (const Lent& page : shown.pages) unsettled_.emplace_back(page, Stored::Present);
+  } catch (const Failure&) {
+    leave_to_next_change(shown.pages, Stored::Present);
     throw;
   }
   advance(control_.header().room);
@@ -539,44 +552,45 @@ void SlabStore::take_back(uint32_t number) {
 bool SlabStore::is_lent(const Lent& page) {
   const Slot& slot = control_.slot(page.slot);
   return slot.owner == owners_.self() && slot.generation == page.generation &&
-         (slot.flags & kSpilling) != 0 && control_.is_of_its_slab(page.slot);
+         (slot.flags & kSpilling) != 0 && ((slot.flags & kShown) != 0) == page.shown &&
+         control_.is_of_its_slab(page.slot);
 }
 
 std::vector<Key> SlabStore::settle(std::span<const Lent> pages, std::span<const Stored> outcome,
                                    Deadline deadline) {
-  std::vector<Key> gone, damaged;
+  std::vector<Key> gone;
   try {
     const Change change(*this, deadline);
-    gone.swap(gone_);
-    for (size_t i = 0; i < pages.size(); ++i) {
+    for (size_t i = 0; i < pages.size(); ++i)
       if (!settle_one(pages[i], outcome[i])) gone.push_back(pages[i].key);
-      if (outcome[i] == Stored::Damaged) damaged.push_back(pages[i].key);
-    }
+    gone.insert(gone.end(), gone_.begin(), gone_.end());
+    gone_.clear();
   } catch (const Failure&) {  // the next change of this process settles them
     const std::lock_guard guard(abandoned_lock_);
     for (size_t i = 0; i < pages.size(); ++i) unsettled_.emplace_back(pages[i], outcome[i]);
     throw;
   }
-  if (!damaged.empty()) remove(damaged, deadline);
   advance(control_.header().room);
   return gone;
 }
 
-// The tier below has forgotten those too. Who read one there meanwhile may have brought it up
-// again.
-void SlabStore::let_go(std::span<const Lent> pages, std::span<const Key> gone, Deadline deadline) {
+// Who read one of them in the tier below, before that forgot it, may have brought it up again.
+void SlabStore::let_go(std::span<const Lent> pages, std::span<const Key> gone, bool below_too,
+                       Deadline deadline) {
   try {
     const Change change(*this, deadline);
     for (const Lent& page : pages) let_go_one(page);
+    if (!below_too) gone_.insert(gone_.end(), gone.begin(), gone.end());
     const Index::Read snapshot(index_);
     for (const Key& key : gone) {
       const Found found = snapshot.find(key);
       const uint32_t slot = found.kind == Found::Kind::Present ? slot_of(found.entry) : kNone;
-      if (slot != kNone) make_dirty(slot);
+      if (below_too && slot != kNone) make_dirty(slot);
     }
-  } catch (const Failure&) {  // the next change of this process does
-    const std::lock_guard guard(abandoned_lock_);
-    for (const Lent& page : pages) unsettled_.emplace_back(page, Stored::Present);
+  } catch (const Failure&) {  // the next change of this process does, and tells again
+    const std::unordered_set<Key, KeyHash> those(gone.begin(), gone.end());
+    for (const Lent& page : pages)
+      if (those.contains(page.key)) leave_to_next_change({&page, 1}, Stored::Present);
     throw;
   }
   advance(control_.header().room);
@@ -593,7 +607,7 @@ void SlabStore::let_go_one(const Lent& page) {
 bool SlabStore::settle_one(const Lent& page, Stored outcome) {
   if (!is_lent(page)) return is_here(page);
   Slot& slot = control_.slot(page.slot);
-  if (slot.flags & kShown) {
+  if (page.shown) {
     take_back(page.slot);
     return true;
   }
@@ -648,6 +662,7 @@ size_t SlabStore::sweep(Deadline deadline) {
   const Change change(*this, deadline);
   for (uint16_t owner = 1; owner < kOwners; ++owner)
     if (control_.owner(owner).held != 0 && !owners_.alive(owner)) freed += reclaim(owner);
+  if (freed != 0) advance(control_.header().room);
   return freed;
 }
 
@@ -655,12 +670,19 @@ Counts SlabStore::counts() {
   const Header& header = control_.header();
   uint64_t held = 0;
   for (uint32_t owner = 1; owner < kOwners; ++owner) held += control_.owner(owner).held;
-  return {header.pages,        header.bytes,
-          header.reserved,     header.reserved_bytes,
-          header.evicted,      header.dirty.count,
-          header.dirty_bytes,  header.spilling_bytes,
-          header.lost,         held,
-          index_.used_bytes(), index_.tree_bytes()};
+  return {header.pages,
+          header.bytes,
+          header.reserved,
+          header.reserved_bytes,
+          header.evicted,
+          header.dirty.count,
+          header.dirty_bytes,
+          header.spilling_bytes,
+          header.asked,
+          header.lost,
+          held,
+          index_.used_bytes(),
+          index_.tree_bytes()};
 }
 
 }  // namespace lmcache

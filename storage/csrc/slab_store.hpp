@@ -68,6 +68,7 @@ struct Counts {
   uint64_t evicted;
   uint64_t dirty_pages, dirty_bytes;  // that wait to be written below
   uint64_t spilling_bytes;            // that are being written below
+  uint64_t asked;                     // pages that are shown, and go below after that
   uint64_t lost;                      // given up for room before they were written below
   uint64_t held;  // slots that some process has in hand: reserved, spilled, shown
   uint64_t index_bytes, tree_bytes;
@@ -87,6 +88,7 @@ struct Lent {
   Segment page;
   uint64_t checksum;
   Tag parent;
+  bool shown;  // or written below: a slot may have come from one to the other meanwhile
 };
 
 // Pages that stay where they are for as long as somebody reads them there (`SlabStore::show`).
@@ -122,7 +124,8 @@ class SlabStore {
   // they are let go. Pages that are here once more are queued for it again.
   std::vector<Key> settle(std::span<const Lent> pages, std::span<const Stored> outcome,
                           Deadline deadline);
-  void let_go(std::span<const Lent> pages, std::span<const Key> gone, Deadline deadline);
+  void let_go(std::span<const Lent> pages, std::span<const Key> gone, bool below_too,
+              Deadline deadline);
   // Those of the pages that are here, of these lengths, and that nobody has in hand; where slots
   // can be read in place. It counts as a use of them. Until `unshow` they are not evicted; removed,
   // they keep their bytes. Nobody has verified them.
@@ -252,6 +255,9 @@ class SlabStore {
   size_t reclaim(uint16_t owner);
   bool may_be_shown(const Found& found, uint64_t bytes);
   bool is_lent(const Lent& page);
+  Lent show_one(const Key& key, const Entry& entry, uint32_t now);
+  void leave_to_next_change(std::span<const Lent> pages, Stored outcome);
+  void settle_late(const Lent& page, Stored outcome);
   void unshow_one(const Lent& page);
   void let_go_one(const Lent& page);
   void wait_for_forgotten(Deadline deadline);

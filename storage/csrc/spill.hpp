@@ -29,7 +29,6 @@ inline Spilled spill(SlabStore& upper, SlabStore& lower, uint64_t bytes_most,
     ++result.pages;
     result.bytes += page.page.bytes;
   }
-  if (lent.empty()) return result;
   std::vector<Stored> outcome(lent.size(), Stored::Failed);
   // What was lent is settled whatever happens; later than the deadline, if need be.
   const auto settle = [&] {
@@ -37,13 +36,17 @@ inline Spilled spill(SlabStore& upper, SlabStore& lower, uint64_t bytes_most,
     const auto gone = upper.settle(lent, outcome, later());
     if (gone.empty()) return;
     try {
-      lower.remove(gone, limits.deadline);
+      lower.remove(gone, later());
     } catch (...) {
-      upper.let_go(lent, gone, later());
+      upper.let_go(lent, gone, false, later());
       throw;
     }
-    upper.let_go(lent, gone, later());
+    upper.let_go(lent, gone, true, later());
   };
+  if (lent.empty()) {  // but something may be left from before
+    settle();
+    return result;
+  }
   try {
     outcome = lower.put({keys, pages, bytes}, checksums, parents, Spill::Never, limits);
   } catch (...) {
@@ -51,6 +54,10 @@ inline Spilled spill(SlabStore& upper, SlabStore& lower, uint64_t bytes_most,
     throw;
   }
   settle();
+  std::vector<Key> damaged;
+  for (size_t i = 0; i < lent.size(); ++i)
+    if (outcome[i] == Stored::Damaged) damaged.push_back(lent[i].key);
+  if (!damaged.empty()) upper.remove(damaged, Clock::now() + std::chrono::seconds(5));
   for (const Stored one : outcome) {
     result.refused += one == Stored::Refused;
     result.failed += one == Stored::Failed || one == Stored::Late;

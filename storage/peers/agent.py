@@ -236,7 +236,10 @@ class Agent:
                 frames = self._router.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
-            self.meter.taken.add(sum(len(frame) + PART_BYTES for frame in frames))
+            came = frames[1:]  # the first one is libzmq's own: who sent them
+            if came:
+                size = sum(len(frame) + PART_BYTES for frame in came)
+                self.meter.took(self._router, int(came[0].get(zmq.SRCFD)), size)
             if len(frames) != 2:
                 self.passed_over += 1
                 continue
@@ -268,7 +271,7 @@ class Agent:
                 frames = socket.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            self.meter.taken.add(sum(len(frame) + PART_BYTES for frame in frames))
+            self.meter.taken(socket).add(sum(len(frame) + PART_BYTES for frame in frames))
             try:
                 message = decode(frames[0])
             except NotUnderstoodError:

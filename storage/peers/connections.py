@@ -13,6 +13,7 @@ from threading import Lock
 import zmq
 
 from ...errors import Reason, TierError
+from .._native import Tally
 from .keys import KeyPair
 from .meter import Meter
 from .sockets import asking
@@ -35,6 +36,7 @@ class Connection:
     peer: Peer
     socket: zmq.Socket[bytes]
     used: float  # when it was last given back
+    taken: Tally  # of what came through it (meter.py)
 
 
 class Connections:
@@ -65,9 +67,10 @@ class Connections:
         self._lent = 0
 
     @property
-    def lent(self) -> int:
-        """Connections that reads have now."""
-        return self._lent
+    def open(self) -> int:
+        """Connections that there are, lent or not."""
+        with self._lock:
+            return self._lent + sum(map(len, self._idle.values()))
 
     def number(self) -> int:
         """Of a new request."""
@@ -96,7 +99,7 @@ class Connections:
         socket = asking(self._context, peer.address, peer.key, self._keys, self.meter)
         with self._lock:
             self._lent += 1
-        return Connection(peer, socket, self._clock())
+        return Connection(peer, socket, self._clock(), self.meter.taken(socket))
 
     def give_back(self, connection: Connection) -> None:
         connection.used = self._clock()

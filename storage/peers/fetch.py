@@ -10,7 +10,7 @@ The memory of a page that is not a hit may hold parts of it, or wrong bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import zmq
@@ -22,7 +22,6 @@ from ..base import Limits
 from .libzmq import libzmq
 from .messages import FRAME_MOST, PAGE_MOST, PAGES_MOST, VERSION, Credit, Get, encode
 
-UNCOUNTED = Tally()
 LONG_SECONDS = 3600.0  # of a call without a deadline: the streams stall long before
 
 
@@ -70,6 +69,7 @@ class Stream:
         credit: bytes that may be on their way at once.
         stall_seconds: without anything useful, after which the stream ends.
         version: of the protocol, as the agents agreed.
+        taken: counts what comes (meter.py).
 
     Raises:
         ValueError: more than the protocol allows.
@@ -82,6 +82,7 @@ class Stream:
     credit: int
     stall_seconds: float
     version: int = VERSION
+    taken: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
         if len(self.pages) > PAGES_MOST:
@@ -102,7 +103,7 @@ class Delivered:
     """How a stream went.
 
     Attributes:
-        bytes: of pages, verified.
+        bytes: of pages, whether they could be verified or not.
         ignored: messages that were of no use.
         seconds_to_first: from the request to the first frame; None: none came.
         seconds: from the request to the end of the stream.
@@ -128,14 +129,12 @@ def fetch(
     keys: Sequence[bytes],
     into: PageSegments,
     limits: Limits,
-    taken: Tally = UNCOUNTED,
 ) -> Fetched:
     """Ask for pages, and wait until all are settled or the limits have passed.
 
     Args:
         streams: each with a socket of its own, and no page in two of them.
         keys, into: of all pages of the batch.
-        taken: counts what comes (meter.py).
 
     Raises:
         ConfigError: libzmq cannot be used.
@@ -152,7 +151,7 @@ def fetch(
         into.per_page,
         limits.left(LONG_SECONDS),
         limits.cancel,
-        taken,
+        [stream.taken for stream in streams],
     )
     return Fetched([_CAME[code] for code in came], [_delivered(*each) for each in outcomes])
 

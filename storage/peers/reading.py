@@ -168,7 +168,7 @@ class Reading:
             ]
             streams = [each.stream for each in asked]
             limits = Limits.within(left, self._cancel)
-            fetched = fetch(streams, self._keys, self._into, limits, self._connections.meter.taken)
+            fetched = fetch(streams, self._keys, self._into, limits)
             failed.pop_all()
         went: dict[int, list[Delivered]] = {}
         for each, delivered in zip(asked, fetched.streams, strict=True):
@@ -177,7 +177,8 @@ class Reading:
             self._doubt(each, fetched.pages)
             self._return(each, delivered)
         for number, streams_ in went.items():
-            _judge(self._readers[number].health, streams_, left)
+            nothing = {fetched.pages[page] for page in chosen[number]} == {Came.ABSENT}
+            _judge(self._readers[number].health, streams_, left, nothing)
 
     def _lend(
         self, number: int, pages: Sequence[int], stall: float, failed: ExitStack
@@ -198,6 +199,7 @@ class Reading:
                 credit=reader.health.window,
                 stall_seconds=stall,
                 version=reader.version,
+                taken=connection.taken,
             )
             yield _Asked(number, connection, stream)
 
@@ -230,8 +232,8 @@ class Reading:
             self._connections.end(asked.connection, LAST_WORD_MS if doubted else 0)
 
 
-def _judge(health: Health, streams: Sequence[Delivered], given: float) -> None:
-    """What the streams of one peer say of it. Args: given: seconds that it had."""
+def _judge(health: Health, streams: Sequence[Delivered], given: float, nothing: bool) -> None:
+    """What the streams of one peer say of it. Args: given: seconds that it had. nothing: it said it has no page of them."""
     now = time.monotonic()
     ends = {stream.ended for stream in streams}
     size = sum(stream.bytes for stream in streams)
@@ -245,7 +247,7 @@ def _judge(health: Health, streams: Sequence[Delivered], given: float) -> None:
         firsts = [each.seconds_to_first for each in streams if each.seconds_to_first is not None]
         seconds = max(stream.seconds for stream in streams)
         health.served(size, min(firsts, default=seconds), seconds)
-    elif ends == {Ended.COMPLETE}:
+    elif nothing:
         health.had_nothing(now)
     else:
         health.gave_no_sign()

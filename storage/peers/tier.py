@@ -228,7 +228,7 @@ class PeerTier(OuterTier):
 
     def meter(self) -> None:
         """Look whether a peer sends what nobody asked for. By whoever calls `refresh`."""
-        self._meter.most = UNASKED_MOST + self._connections.lent * self._limits.window
+        self._meter.most = UNASKED_MOST + self._connections.open * self._limits.window
         if self._meter.look():
             logger.error(
                 "lmcache: a peer sent %d MiB that nobody asked for: its connection was cut. Its software is broken, or "

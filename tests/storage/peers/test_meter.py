@@ -114,7 +114,7 @@ def test_who_sends_parts_without_end_is_cut_and_others_are_not(context: Context)
     route, _ = router.recv_multipart()
     with Flood(to(address), b"DEALER"):
         until_cut(meter, meter.look)
-        assert meter.waiting == 0
+        assert meter.waiting < MIB
         router.send_multipart([route, b"still here"])
         assert honest.poll(10_000)
         assert honest.recv() == b"still here"
@@ -132,14 +132,53 @@ def test_what_is_taken_does_not_wait(context: Context) -> None:
             dealer.send(PIECE)
         for _ in range(64):
             assert router.poll(10_000)
-            meter.taken.add(sum(len(part) + PART_BYTES for part in router.recv_multipart()))
+            _, part = router.recv_multipart(copy=False)
+            meter.took(router, int(part.get(zmq.SRCFD)), len(part) + PART_BYTES)
         assert meter.look() == 0
         assert meter.waiting < MIB
-    assert meter.taken.total > 8 * 64 * len(PIECE)
     for _ in range(64):  # and now nobody takes it
         dealer.send(PIECE)
     wait_until(lambda: meter.look() == 0 and meter.waiting >= 64 * len(PIECE))
     for each in (router, dealer):
+        meter.forget(each)
+        each.close()
+
+
+def test_what_waited_at_a_socket_goes_with_it(context: Context) -> None:
+    """Reads that were given up leave what was on its way."""
+    meter = Meter(MOST)
+    router, address = bound(context, NoMeter())
+    for _ in range(3):
+        dealer = asking(context, address, "", NO_KEYS, meter)
+        dealer.send(b"hello")
+        route, _ = router.recv_multipart()
+        for _ in range(64):
+            router.send_multipart([route, PIECE])
+        wait_until(lambda: meter.look() == 0 and meter.waiting >= 64 * len(PIECE))
+        assert meter.waiting < 2 * 64 * len(PIECE)
+        meter.forget(dealer)
+        dealer.close()
+        meter.look()
+        assert meter.waiting == 0
+    router.close()
+
+
+def test_who_is_taken_from_is_not_cut_for_another(context: Context) -> None:
+    """However much more it brings."""
+    meter = Meter(MOST)
+    router, address = bound(context, meter)
+    busy = asking(context, address, "", NO_KEYS, NoMeter())
+    with Flood(to(address), b"DEALER"):
+        while meter.cut < 3:
+            busy.send(PIECE)
+            assert router.poll(10_000)
+            _, part = router.recv_multipart(copy=False)
+            meter.took(router, int(part.get(zmq.SRCFD)), len(part) + PART_BYTES)
+            meter.look()
+    busy.send(b"still connected")
+    assert router.poll(10_000)
+    assert router.recv_multipart()[1] == b"still connected"
+    for each in (busy, router):
         meter.forget(each)
         each.close()
 

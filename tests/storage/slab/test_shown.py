@@ -20,6 +20,7 @@ from lmcache_sglang.testing.injection import injected
 from lmcache_sglang.testing.small_store import SmallStore
 from lmcache_sglang.testing.store_process import Job, run
 from lmcache_sglang.testing.tier_suite import EngineMemory, a_key, bytes_of, read
+from lmcache_sglang.testing.waiting import wait_until
 
 SMALL = 1 << 20
 SIZE = 4096
@@ -157,9 +158,24 @@ def test_what_is_asked_for_below_meanwhile_is_written_after(upper: SlabTier, how
         with upper.native() as store:
             assert store.queue_unspilled(False, 1 << 30, SOON) == 2
     assert upper.counts()["dirty_pages"] == 0
+    with upper.native() as store:  # or the keeper would ask again and again
+        assert store.queue_unspilled(False, 1 << 30, SOON) == 0
     assert upper.counts()["spilling_bytes"] == 0
+    assert upper.counts()["asked_pages"] == 2
+    assert upper.check().ok
     upper.unshow(shown)
     assert upper.counts()["dirty_pages"] == 2
+    assert upper.counts()["asked_pages"] == 0
+
+
+def test_what_is_removed_is_asked_for_no_more(upper: SlabTier) -> None:
+    put(upper, range(2), below=Below.ON_EVICT)
+    shown = show(upper, range(2))
+    put(upper, range(2), below=Below.NOW)
+    upper.remove([a_key(0)])
+    assert upper.counts()["asked_pages"] == 1
+    upper.unshow(shown)
+    assert upper.counts()["asked_pages"] == 0
 
 
 def test_what_the_tier_below_lacks_is_still_known_after(upper: SlabTier) -> None:
@@ -220,8 +236,7 @@ def test_who_dies_shows_nothing_any_more(shared_memory: Path) -> None:
     with store.opened() as tier:
         put(tier, range(4))
         job = Job(show_for_ever, store)
-        while not (shared_memory / "shows").exists():
-            pass
+        wait_until((shared_memory / "shows").exists)
         assert show(tier, range(4)).pages == []
         job.kill()
         assert tier.sweep() == 4
