@@ -11,13 +11,13 @@ fi
 behind=tests/engines/test_direct_engines.py
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-echo "the tests without an engine run beside those with one; what they said comes at the end"
+echo "the tests without an engine, and then $behind, run beside the other engines; what they said comes at the end"
 {
   OMP_NUM_THREADS=1 nice -n 10 "$python" -m pytest -m "not engine"
   units=$?
   "$python" -m pytest -m engine "$behind"
-  engines=$?
-  exit $((units > engines ? units : engines))
+  later=$?
+  exit $((units > later ? units : later))
 } >"$log" 2>&1 &
 others=$!
 "$python" -m pytest -m engine --ignore="$behind"
