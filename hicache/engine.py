@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -15,9 +16,8 @@ from .sources import Source
 
 logger = logging.getLogger(__name__)
 
-# Settings that change what a model computes, beside its files.
+# Settings that change what a model computes, beside its files, where they are set: another engine has them by other names.
 _SETTINGS = (
-    "dtype",
     "quantization",
     "quantization_param_path",
     "json_model_override_args",
@@ -26,6 +26,7 @@ _SETTINGS = (
     "quantize_and_serve",
     "rl_quant_profile",
 )
+_UNSET = (None, False, "", "{}")
 _DRAFT_SETTINGS = (
     "speculative_algorithm",
     "speculative_draft_load_format",
@@ -53,7 +54,8 @@ def model_identity(served_name: str | None) -> ModelIdentity:
     from sglang.srt.runtime_context import get_model
 
     model = get_model()
-    settings = {name: str(getattr(model, name)) for name in _SETTINGS}
+    dtype = _computed_in()
+    settings = {"dtype": dtype} | _set(model, _SETTINGS)
     load_format = sources.format_of(model.load_format)
     if load_format not in sources.PLAIN_FORMATS:
         settings["load_format"] = load_format
@@ -69,9 +71,22 @@ def model_identity(served_name: str | None) -> ModelIdentity:
     return ModelIdentity(
         name=served_name or str(model.model_path),
         fingerprint=fingerprint,
-        kv_dtype=str(model.kv_cache_dtype),
+        kv_dtype=dtype if model.kv_cache_dtype == "auto" else str(model.kv_cache_dtype),
         settings=settings,
     )
+
+
+def _computed_in() -> str:
+    """The dtype that "auto" stands for."""
+    from sglang.srt.runtime_context import process_model_config
+
+    return str(process_model_config().dtype).removeprefix("torch.")
+
+
+def _set(group: Any, names: Sequence[str]) -> dict[str, str]:
+    """Those settings that are not as they are where nobody sets them."""
+    values = {name: getattr(group, name) for name in names}
+    return {name: str(value) for name, value in values.items() if value not in _UNSET}
 
 
 def draft_identity(target: ModelIdentity) -> ModelIdentity | None:

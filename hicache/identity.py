@@ -17,7 +17,7 @@ import msgspec
 
 from ..storage.base import NAMESPACE_BYTES
 
-VERSION = 1  # of the meaning of these fields; a change of meaning is a new version
+VERSION = 2  # of the meaning of these fields; a change of meaning is a new version
 
 UNREAD = "unread:"  # begins the fingerprint of weights that could not be looked at
 

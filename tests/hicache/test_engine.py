@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lmcache_sglang.hicache import sources, weights
 from lmcache_sglang.hicache.engine import adapter_id, draft_identity, model_identity
@@ -23,9 +25,13 @@ def own_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def serving(sglang: None) -> Serving:
+def serving(sglang: None, monkeypatch: pytest.MonkeyPatch) -> Serving:
     """A context in which this process serves with the given `ServerArgs` fields."""
+    from sglang.srt import runtime_context
     from sglang.srt.runtime_context import get_context
+
+    loaded = SimpleNamespace(dtype=torch.bfloat16)
+    monkeypatch.setattr(runtime_context, "process_model_config", lambda: loaded)
 
     def with_fields(**fields: Any) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = get_context().override_server_args(**fields)
@@ -119,7 +125,6 @@ def test_a_model_without_a_name_goes_by_its_path(serving: Serving, model: Path) 
 @pytest.mark.parametrize(
     "changed",
     [
-        {"dtype": "float16"},
         {"kv_cache_dtype": "fp8_e5m2"},
         {"quantization": "fp8"},
         {"quantization_param_path": "/scales.json"},
@@ -136,6 +141,19 @@ def test_a_setting_that_changes_the_answers_is_another_model(
     with serving(model_path=str(model)):
         plain = model_identity("m")
     with serving(model_path=str(model), **changed):
+        assert model_identity("m") != plain
+
+
+def test_what_a_model_computes_in_is_another_model(
+    serving: Serving, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What "auto" stands for, too: another engine may take it for something else."""
+    from sglang.srt import runtime_context
+
+    with serving(model_path=str(model)):
+        plain = model_identity("m")
+        loaded = SimpleNamespace(dtype=torch.float16)
+        monkeypatch.setattr(runtime_context, "process_model_config", lambda: loaded)
         assert model_identity("m") != plain
 
 
@@ -156,21 +174,13 @@ def test_a_setting_that_changes_no_answer_keeps_the_pages(
 def test_the_ordinary_identity_is_the_one_that_stores_hold_already(
     serving: Serving, model: Path
 ) -> None:
-    """A new setting enters only where it is set: or every store would be cold after an upgrade."""
+    """A setting enters only where it is set: or every store would be cold after an upgrade, and to another engine."""
     with serving(model_path=str(model)):
         weights.loaded(sources.seen)
         identity = model_identity("m")
     assert identity.lasting
-    assert identity.settings == {
-        "dtype": "auto",
-        "quantization": "None",
-        "quantization_param_path": "None",
-        "json_model_override_args": "{}",
-        "model_loader_extra_config": "{}",
-        "modelopt_quant": "None",
-        "quantize_and_serve": "False",
-        "rl_quant_profile": "None",
-    }
+    assert identity.settings == {"dtype": "bfloat16"}
+    assert identity.kv_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -378,6 +388,20 @@ def adapter(path: Path, *, knows_weights: bool = False) -> Any:
     return LoRARef(lora_id=known, lora_name="one", lora_path=str(path))
 
 
+def test_an_adapter_has_the_same_id_in_vllm(tmp_path: Path) -> None:
+    """It seeds the hashes of its pages (hicache/page_hashes.py)."""
+    from lmcache_sglang.vllm_connector.knowledge import adapter_id as in_vllm
+
+    (tmp_path / "adapter_model.bin").write_bytes(b"trained")
+    found = in_vllm("one", str(tmp_path))
+    assert found == adapter(tmp_path, knows_weights=True).lora_id
+    assert in_vllm("two", str(tmp_path)) != found
+    (tmp_path / "adapter_model.bin").write_bytes(b"trained more")
+    assert in_vllm("one", str(tmp_path)) != found
+    nobody = {in_vllm("one", "/no/such/adapter") for _ in range(2)}
+    assert len(nobody) == 2, "weights that nobody looked at are one engine's own"
+
+
 def test_an_adapter_whose_id_does_not_know_its_weights_enters_with_them(
     serving: Serving, model: Path, tmp_path: Path
 ) -> None:
@@ -424,10 +448,12 @@ def test_an_adapter_that_cannot_be_read_keeps_sglangs_id(sglang: None) -> None:
 
 
 def test_every_setting_asked_for_is_one_that_sglang_has(serving: Serving, model: Path) -> None:
+    from sglang.srt.runtime_context import get_model
+
     from lmcache_sglang.hicache.engine import _SETTINGS
 
     with serving(model_path=str(model)):
-        assert set(model_identity("m").settings) == set(_SETTINGS)
+        assert all(hasattr(get_model(), name) for name in _SETTINGS)
 
 
 def test_weights_that_cannot_be_looked_at_are_said_so_and_never_taken_for_others(

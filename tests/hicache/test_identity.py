@@ -51,7 +51,7 @@ PAGE = PageIdentity(
 
 # Changing this makes every store in the world cold: each page lies under its digest. If the change is
 # meant, raise identity.VERSION with it.
-GOLDEN = "001283eb0747a5e29ab7e31d43d44b64"
+GOLDEN = "8c3981ca79dc5d1929cfa799fa3020ca"
 
 
 def others(value: object) -> list[object]:
