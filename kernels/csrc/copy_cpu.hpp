@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "copy.hpp"
 #include "copy_body.hpp"
@@ -110,6 +111,76 @@ void convert_items(const CopyParams& p, uint32_t first, uint32_t last) {
   }
 }
 
+// Consecutive items whose runs are one word each, so that a side's bytes of a line are many runs'.
+template <class Word>
+class Words {
+ public:
+  // Items `number` to `last`, as far as they differ by their index on axis 1 alone.
+  Words(const CopyParams& p, uint32_t number, uint32_t last)
+      : item_(find_item(p, number, 2)), across_(p.axis[kAxes - 1]), down_(p.axis[1]) {
+    const uint32_t second = number - down_.count.divide(number) * down_.count.by;
+    items = std::min(last - number, down_.count.by - second);
+  }
+
+  void copy() const {
+    const uint32_t runs = across_.count.by;
+    if (down_.stride[kSrc] != sizeof(Word) || across_.stride[kDst] != sizeof(Word))
+      return one_by_one(0, items, 0, runs);
+    const uint32_t rows = items - items % kTile, columns = runs - runs % kTile;
+    for (uint32_t row = 0; row < rows; row += kTile)
+      for (uint32_t column = 0; column < columns; column += kTile) transpose(row, column);
+    one_by_one(0, rows, columns, runs);
+    one_by_one(rows, items, 0, runs);
+  }
+
+  uint32_t items;
+
+ private:
+  static constexpr uint32_t kTile = copying::kLineBytes / sizeof(Word);
+
+  // A line of each run's words is read at once, and a line of each item's is written: either side
+  // alone would come back to lines that a power of two apart have pushed out of the cache.
+  void transpose(uint32_t row, uint32_t column) const {
+    Word tile[kTile][kTile];
+    for (uint32_t i = 0; i < kTile; ++i)
+      std::memcpy(tile[i], from(row, column + i), copying::kLineBytes);
+    for (uint32_t j = 0; j < kTile; ++j) {
+      Word line[kTile];
+      for (uint32_t i = 0; i < kTile; ++i) line[i] = tile[i][j];
+      std::memcpy(to(row + j, column), line, copying::kLineBytes);
+    }
+  }
+
+  void one_by_one(uint32_t row, uint32_t rows, uint32_t column, uint32_t columns) const {
+    for (uint32_t j = row; j < rows; ++j)
+      for (uint32_t i = column; i < columns; ++i) std::memcpy(to(j, i), from(j, i), sizeof(Word));
+  }
+
+  const uint8_t* from(uint32_t item, uint32_t run) const {
+    return reinterpret_cast<const uint8_t*>(at(kSrc, item, run));
+  }
+  uint8_t* to(uint32_t item, uint32_t run) const {
+    return reinterpret_cast<uint8_t*>(at(kDst, item, run));
+  }
+  uint64_t at(Side side, uint32_t item, uint32_t run) const {
+    return item_.at[side] + static_cast<uint64_t>(down_.stride[side]) * item +
+           static_cast<uint64_t>(across_.stride[side]) * run;
+  }
+
+  const Item item_;
+  const Axis& across_;
+  const Axis& down_;
+};
+
+template <class Word>
+void copy_words(const CopyParams& p, uint32_t first, uint32_t last) {
+  for (uint32_t number = first; number < last;) {
+    const Words<Word> words(p, number, last);
+    words.copy();
+    number += words.items;
+  }
+}
+
 using CopyItems = void (*)(const CopyParams&, uint32_t first, uint32_t last);
 
 inline bool streams(const CopyPlan& plan, const CopyParams& part) {
@@ -129,12 +200,37 @@ inline CopyItems cpu_kernel(const CopyPlan& plan, const CopyParams& part) {
     case Convert::kNone:
       break;
   }
+  if (!part.axis[kAxes - 1].is_row && !part.axis[1].is_row) {
+    switch (part.run) {
+      case 1:
+        return copy_words<uint8_t>;
+      case 2:
+        return copy_words<uint16_t>;
+      case 4:
+        return copy_words<uint32_t>;
+      case 8:
+        return copy_words<uint64_t>;
+      default:
+        break;
+    }
+  }
   return streams(plan, part) ? copy_items<StreamRun> : copy_items<CacheRun>;
+}
+
+// Runs that follow one another on the source's side are next to one another: `Words` copies them
+// together.
+inline CopyParams ordered(CopyParams p) {
+  const auto follows = [&p](const Axis& axis) {
+    return !axis.is_row && axis.stride[kSrc] == p.run;
+  };
+  if (follows(p.axis[0]) && !follows(p.axis[1])) std::swap(p.axis[0], p.axis[1]);
+  return p;
 }
 
 // All bytes are where every thread sees them when this returns.
 inline void copy_on_cpu(const CopyPlan& plan, Workers& workers) {
-  for (const CopyParams& part : plan.parts()) {
+  for (const CopyParams& planned : plan.parts()) {
+    const CopyParams part = ordered(planned);
     const CopyItems kernel = cpu_kernel(plan, part);
     const uint64_t item_bytes = uint64_t{part.axis[kAxes - 1].count.by} * part.run;
     const uint32_t items = part.items();
