@@ -15,8 +15,10 @@ struct Device::Inside {
         buffers(depth, kLongestRequest),
         engines(depth, options.engine),
         way(options.path) {
+    way.decide(file, buffers, depth, engines, {});  // here, or the first read would wait for it
     const Range range = file.written(Probe::kLeastBytes);
-    if (range.begin != range.end) engines.decide(file, buffers, depth, range, false);
+    if (range.begin != range.end)
+      engines.decide(file, buffers, depth, range, way.through_buffers());
   }
 
   void read(std::span<Transfer> pages, const Limits& limits) {

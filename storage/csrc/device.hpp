@@ -18,7 +18,7 @@ struct DeviceOptions {
   unsigned queue_depth = 8;
   Engine engine = Engine::Auto;  // by measurement when the file is opened
   bool direct = true;
-  Path path = Path::Auto;  // by measurement at a first read, when enough is written
+  Path path = Path::Auto;  // likewise, or at a read, once enough is written
 };
 
 class Device {
