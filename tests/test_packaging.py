@@ -17,7 +17,7 @@ from pathspec import GitIgnoreSpec  # scikit-build-core's own
 from lmcache_sglang.kernels.cuda import sources
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ["hicache", "kernels", "storage"]
+FOLDERS = ["hicache", "kernels", "storage", "vllm_connector"]
 ENGINES = {"sglang", "vllm", "torch"}
 
 

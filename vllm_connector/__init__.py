@@ -1,0 +1,1 @@
+"""vLLM's seam: a KV connector over a chain of tiers."""
