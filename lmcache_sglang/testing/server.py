@@ -1,4 +1,4 @@
-"""A real SGLang HTTP server in a process group of its own, started, asked and stopped by a test.
+"""A real SGLang (or vLLM) HTTP server in a process group of its own, started, asked and stopped by a test.
 
     with SGLangServer(model, args=["--device", "cpu"], log_path=folder / "server.log") as server:
         answer = server.generate("the quick brown", 8)
@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-Entry = Literal["launch_server", "serve"]
+Entry = Literal["launch_server", "serve", "vllm"]
 
 POLL_SECONDS = 0.1
 TAIL_LINES = 40
@@ -78,7 +78,8 @@ class SGLangServer:
         self.log_path = log_path
         self._env = dict(env or {})
         self._api_key = api_key
-        where = ["--model-path", str(model_path), "--host", host]
+        model = "--model" if entry == "vllm" else "--model-path"
+        where = [model, str(model_path), "--host", host]
         self._command = [*_command(entry, python), *where, *args]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -281,6 +282,8 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def _command(entry: Entry, python: str) -> list[str]:
     if entry == "launch_server":
         return [python, "-m", "sglang.launch_server"]
+    if entry == "vllm":
+        return [python, "-m", "vllm.entrypoints.openai.api_server"]
     script = Path(python).with_name("sglang")
     if script.exists():
         return [str(script), "serve"]

@@ -42,6 +42,13 @@ def sliding_window() -> Any:
     )
 
 
+def wide_latent() -> Any:
+    """The same with DeepSeek's own latent row: vLLM's attention on a CPU has no other."""
+    config = latent()
+    config.kv_lora_rank, config.qk_rope_head_dim, config.head_dim = 512, 64, 64
+    return config
+
+
 def latent() -> Any:
     """DeepSeek-V2 without experts: one latent row a token and layer (MLA)."""
     from transformers import DeepseekV2Config
@@ -110,6 +117,7 @@ FAMILIES: Mapping[str, Callable[[], Any]] = {
     "mha": multi_head,
     "swa": sliding_window,
     "mla": latent,
+    "wide-mla": wide_latent,
     "mamba": recurrent,
     "conv": short_convolution,
 }

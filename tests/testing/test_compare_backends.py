@@ -80,7 +80,8 @@ def test_a_mode_compares_all_prompts_with_the_cold_engine() -> None:
 
 
 def test_every_family_is_compared() -> None:
-    assert {service.family for service in SERVICES} == set(FAMILIES)
+    of_a_size = {"wide-mla"}  # of the size that vLLM's attention on CPU takes
+    assert {service.family for service in SERVICES} == set(FAMILIES) - of_a_size
     assert len({str(service) for service in SERVICES}) == len(SERVICES)
 
 

@@ -15,6 +15,7 @@ ARCHITECTURES = {
     "mha": "LlamaForCausalLM",
     "swa": "MellumForCausalLM",
     "mla": "DeepseekV2ForCausalLM",
+    "wide-mla": "DeepseekV2ForCausalLM",
     "mamba": "FalconH1ForCausalLM",
     "conv": "Lfm2ForCausalLM",
 }

@@ -3,7 +3,7 @@
     python -m lmcache_sglang.testing.sglang_cpu install     # once, in a virtual environment
     SGLANG_USE_CPU_ENGINE=1 python -m sglang.launch_server --device cpu --model-path ...
 
-`make_venv.sh` beside this file makes such an environment from nothing. SGLANG_USE_CPU_ENGINE is
+`testing/make_venv.sh` makes such an environment from nothing. SGLANG_USE_CPU_ENGINE is
 SGLang's own variable; where it is not 1, nothing here is imported and nothing is changed.
 
     what SGLang misses                  what stands in

