@@ -54,8 +54,23 @@ class ChatClient:
         """Raises `DemoFailed` if the server refuses, goes away or leaves out its token counts."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout)
         begun = time.perf_counter()
-        with answered(connection, "/v1/chat/completions", _request(messages, max_tokens)) as answer:
+        with answered(
+            connection, "/v1/chat/completions", self.request(messages, max_tokens)
+        ) as answer:
             return read_reply(answer, begun)
+
+    def request(self, messages: Sequence[Message], max_tokens: int) -> dict[str, Any]:
+        """The body."""
+        return {
+            "model": "default",
+            "messages": list(messages),
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "stop": STOP,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_cached_tokens_details": True,  # SGLang's extension: a chunk with `sglext`
+        }
 
 
 @contextmanager
@@ -91,6 +106,9 @@ def read_reply(lines: Iterable[bytes], begun: float) -> Reply:
             pieces.append(piece)
         if usage := chunk.get("usage"):
             prompt_tokens = usage["prompt_tokens"]
+            details = usage.get("prompt_tokens_details")  # vLLM's, if asked for
+            if details and cached == Cached():
+                cached = Cached(device=details.get("cached_tokens") or 0)
         if details := (chunk.get("sglext") or {}).get("cached_tokens_details"):
             cached = _cached(details)
     if prompt_tokens is None:
@@ -112,19 +130,6 @@ def events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
         if "error" in payload:
             raise DemoFailed(f"the server answered: {payload['error']}")
         yield payload
-
-
-def _request(messages: Sequence[Message], max_tokens: int) -> dict[str, object]:
-    return {
-        "model": "default",
-        "messages": list(messages),
-        "temperature": 0,
-        "max_tokens": max_tokens,
-        "stop": STOP,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "return_cached_tokens_details": True,  # SGLang's extension: a chunk with `sglext`
-    }
 
 
 def _text(chunk: dict[str, Any]) -> str:

@@ -18,6 +18,6 @@ if "$python" -c "$gpu" >/dev/null 2>&1; then
     "$venv/bin/python" -m pip --disable-pip-version-check install -q -e .
 else
     venv=.venv-sglang
-    lmcache_sglang/testing/sglang_cpu/make_venv.sh "$venv"
+    lmcache_sglang/testing/make_venv.sh sglang "$venv"
 fi
 exec "$venv/bin/python" examples/demo/run.py "$@"

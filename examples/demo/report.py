@@ -9,12 +9,10 @@ from examples.demo.client import Reply
 from examples.demo.rounds import Round
 from examples.demo.workload import Script
 
-TOP = ("", "prompt", "cold server: cached", "", "warm server: cached", "", "warm/", "same")
 HEAD = (
     *("request", "tokens"),
     *("device/host/storage", "TTFT"),
     *("device/host/storage", "TTFT"),
-    *("cold", "output"),
 )
 
 
@@ -38,7 +36,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
+    """Attributes: names: of the two servers, for the table."""
+
     rows: Sequence[Row]
+    names: tuple[str, str] = ("cold server", "warm server")
+    occasion: str = "After a restart"
 
     @property
     def firsts(self) -> list[Row]:
@@ -75,7 +77,7 @@ class Report:
         row = self.headline
         same = sum(row.same for row in self.rows)
         return (
-            f"After a restart: {self.restored:,} tokens restored from {backend}; "
+            f"{self.occasion}: {self.restored:,} tokens restored from {backend}; "
             f"first token of a {row.cold.prompt_tokens:,}-token prompt in {row.warm.ttft:.2f} s "
             f"instead of {row.cold.ttft:.2f} s (ratio {row.ratio:.2f}); "
             f"{same} of {len(self.rows)} outputs identical."
@@ -92,19 +94,41 @@ class Report:
         }
 
 
-def compare(scripts: Iterable[Script], cold: Round, warm: Round) -> Report:
+def compare(
+    scripts: Iterable[Script],
+    cold: Round,
+    warm: Round,
+    names: tuple[str, str] = ("cold server", "warm server"),
+) -> Report:
     """Each request of the first round next to the same one of the second."""
     rows: list[Row] = []
     for script in scripts:
         pairs = zip(cold.replies[script.name], warm.replies[script.name], strict=True)
         for turn, (before, after) in enumerate(pairs):
             rows.append(Row(f"{script.name} {turn + 1}", turn == 0, before, after))
-    return Report(rows)
+    return Report(rows, names)
 
 
 def table(report: Report) -> str:
     """Plain text, at most 100 columns."""
-    return drawn([TOP, HEAD, *(_cells(row) for row in report.rows)])
+    first, second = report.names
+    top = (
+        "",
+        "prompt",
+        f"{first}: cached",
+        "",
+        f"{second}: cached",
+        "",
+        f"{_word(second)}/",
+        "same",
+    )
+    head = (*HEAD, _word(first), "output")
+    return drawn([top, head, *(_cells(row) for row in report.rows)])
+
+
+def _word(name: str) -> str:
+    """Of a ratio's column: "warm" of the warm server."""
+    return name.removesuffix(" server")
 
 
 def drawn(lines: Sequence[Sequence[str]]) -> str:

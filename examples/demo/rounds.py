@@ -8,7 +8,7 @@ from pathlib import Path
 
 from examples.demo.client import ChatClient, Reply
 from examples.demo.progress import Progress
-from examples.demo.server import Setup, await_stored, restorable
+from examples.demo.server import Serves, restorable
 from examples.demo.workload import Script, warm_up
 
 WARM_UP_TOKENS = 4
@@ -28,7 +28,7 @@ class Round:
 class Player:
     """Plays a workload to one server after another."""
 
-    setup: Setup
+    setup: Serves
     scripts: Sequence[Script]
     max_tokens: int
     start_timeout: float
@@ -44,13 +44,13 @@ class Player:
         try:
             with self.progress.stage(f"{name} server: starting"):
                 server.start(timeout=self.start_timeout)
-            client = ChatClient(server.host, server.port)
+            client = self.setup.client(server)
             with self.progress.stage(f"{name} server: warm-up request"):
                 client.ask(warm_up(name), WARM_UP_TOKENS)
             played = self._ask_all(client, name, earlier)
             if earlier is None:
                 with self.progress.stage(f"{name} server: storing") as stage:
-                    if not await_stored(server, _least_stored(played)):
+                    if not self.setup.await_stored(server, _least_stored(played)):
                         stage.note = "not all of it was reported stored"
         except BaseException:  # also an interrupt: nobody is left to wait for an orderly end
             server.kill()

@@ -8,8 +8,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
+from examples.demo.client import ChatClient
 from lmcache_sglang.testing.server import SGLangServer
 
 Device = Literal["cpu", "cuda"]
@@ -17,6 +18,22 @@ Device = Literal["cpu", "cuda"]
 PAGE_SIZE = 64
 STORED_COUNTER = "sglang:backuped_tokens_total"
 POLL_SECONDS = 0.1
+
+
+class Serves(Protocol):
+    """How an engine is started."""
+
+    def server(self, log_path: Path) -> SGLangServer:
+        """One that is yet to be started."""
+
+    def client(self, server: SGLangServer) -> ChatClient:
+        """Who asks it."""
+
+    def await_stored(self, server: SGLangServer, tokens: int) -> bool:
+        """Whether the server said in time that it has stored so many tokens."""
+
+    def command(self) -> str:
+        """What to type to start such a server by hand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +77,12 @@ class Setup:
             self.model, args=self.args(), env=self.env(), log_path=log_path, entry="serve"
         )
 
+    def client(self, server: SGLangServer) -> ChatClient:
+        return ChatClient(server.host, server.port)
+
+    def await_stored(self, server: SGLangServer, tokens: int) -> bool:
+        return await_stored(server, tokens)
+
     def command(self) -> str:
         """What to type to start such a server by hand."""
         words = ["sglang", "serve", "--model-path", str(self.model), *self.args()]
@@ -80,19 +103,21 @@ def restorable(prompt_tokens: int) -> int:
     return (prompt_tokens - 1) // PAGE_SIZE * PAGE_SIZE
 
 
-def await_stored(server: SGLangServer, tokens: int, timeout: float = 60.0) -> bool:
+def await_stored(
+    server: SGLangServer, tokens: int, timeout: float = 60.0, *, counter: str = STORED_COUNTER
+) -> bool:
     """Whether the server said in time that it has stored so many tokens."""
     deadline = time.monotonic() + timeout
-    while stored_tokens(server.get("/metrics")) < tokens:
+    while counted(server.get("/metrics"), counter) < tokens:
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_SECONDS)
     return True
 
 
-def stored_tokens(metrics: str) -> int:
+def counted(metrics: str, counter: str = STORED_COUNTER) -> int:
     """The counter's sum over all its label sets, in Prometheus' text format."""
-    samples = (line for line in metrics.splitlines() if line.startswith(STORED_COUNTER))
+    samples = (line for line in metrics.splitlines() if line.startswith(counter))
     return sum(int(float(line.rsplit(maxsplit=1)[1])) for line in samples)
 
 

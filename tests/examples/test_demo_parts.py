@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from examples.demo import gemma
-from examples.demo.client import STOP, Cached, Reply, events, read_reply
+from examples.demo.client import STOP, Cached, ChatClient, Reply, events, read_reply
 from examples.demo.errors import DemoFailed
 from examples.demo.model import local_model
 from examples.demo.progress import Progress
 from examples.demo.report import Report, Row, compare, table
 from examples.demo.rounds import Round
-from examples.demo.server import PAGE_SIZE, Setup, restorable, stored_tokens
+from examples.demo.server import PAGE_SIZE, Setup, counted, restorable
 from examples.demo.store import StoreFolder
+from examples.demo.vllm_server import VLLMClient, VLLMSetup
 from examples.demo.workload import TEXTS, Script, scripts, shortened, shortener, warm_up
 from lmcache_sglang.storage.slab.filesystem import Mount
 
@@ -195,15 +196,15 @@ def test_restorable_is_whole_pages_less_the_token_that_must_be_computed() -> Non
     assert [restorable(count) for count in tokens] == [0, 0, PAGE_SIZE, PAGE_SIZE]
 
 
-def test_stored_tokens_are_summed_over_ranks() -> None:
+def test_a_counter_is_summed_over_ranks() -> None:
     metrics = (
         "# TYPE sglang:backuped_tokens_total counter\n"
         'sglang:backuped_tokens_total{tp_rank="0"} 4288.0\n'
         'sglang:backuped_tokens_total{tp_rank="1"} 1.0\n'
         "sglang:other 5.0\n"
     )
-    assert stored_tokens(metrics) == 4289
-    assert stored_tokens("") == 0
+    assert counted(metrics) == 4289
+    assert counted("") == 0
 
 
 def test_store_folder_is_emptied_only_if_the_demo_made_it(tmp_path: Path) -> None:
@@ -375,3 +376,36 @@ def test_terminal_line_is_redrawn_while_one_waits() -> None:
         time.sleep(0.4)
     assert screen.getvalue().count("\r") >= 2
     assert screen.getvalue().endswith("\n")
+
+
+# --- vLLM
+
+
+def test_what_the_store_gave_vllm_is_what_its_counter_rose_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counter = iter([100, 4196])
+    client = VLLMClient("127.0.0.1", 1, "served", lambda: next(counter))
+    monkeypatch.setattr(ChatClient, "ask", lambda *_: reply(device=4224))
+    assert client.ask([], 1).cached == Cached(device=128, storage=4096)
+
+
+def test_vllm_is_asked_by_its_models_name_and_for_nothing_it_does_not_know() -> None:
+    asked = VLLMClient("127.0.0.1", 1, "served", lambda: 0).request([], 5)
+    assert asked["model"] == "served"
+    assert "return_cached_tokens_details" not in asked
+
+
+def test_vllms_stream_says_what_was_cached_in_its_usage() -> None:
+    usage = {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 8}}
+    read = read_reply(stream(delta(content="x"), {"choices": [], "usage": usage}), 0.0)
+    assert read.cached == Cached(device=8)
+
+
+def test_both_engines_serve_the_model_by_one_name(tmp_path: Path) -> None:
+    setup = VLLMSetup(tmp_path / "python", tmp_path, "one-name", tmp_path / "store", "cpu")
+    args = setup.args()
+    assert args[args.index("--served-model-name") + 1] == "one-name"
+    transfer = json.loads(args[args.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector_extra_config"]["page_size"] == PAGE_SIZE
+    assert "vllm serve" in setup.command()
