@@ -117,7 +117,10 @@ class LMCacheSGLangConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
         events = StoreEvents(wanted=published is not None and published.enable_kv_cache_events)
         self._events = events
         ranks = self._topology.ranks
-        planner = Planner(self._groups, self._page_size, ranks, self._knowledge, events)
+        ahead = vllm_config.max_concurrent_batches - 1
+        planner = Planner(
+            self._groups, self._page_size, ranks, self._knowledge, events, ahead=ahead
+        )
         self._planners.append(planner)
         self._undo.callback(planner.close)
 

@@ -26,6 +26,8 @@ ROWS = frozenset(
         "FLEX_ATTENTION",
         "TRITON_ATTN",
         "TRITON_ATTN_DIFFKV",
+        "TRITON_FLASHINFER",  # both of the parts of these
+        "TRITON_FLASH_ATTN",
         "TRITON_MLA",
     }
 )

@@ -23,6 +23,7 @@ PLAIN_FORMATS = ("auto", "hf", "safetensors", "pt", "gguf", "mistral", "npcache"
 FILE_FORMATS = (*PLAIN_FORMATS, "bitsandbytes", "runai_streamer", "sharded_state")
 CONFIG_FORMATS = ("auto", "hf", "mistral")  # of the model's own files
 LONG_ROPES = ("longrope", "su")
+AUTO_LENGTH = -1  # --max-model-len auto
 LLAMA4_LONG = 32768  # --max-model-len from which vLLM tunes Llama 4's attention by itself
 NO_DRAFT = (
     "ngram",
@@ -99,11 +100,18 @@ def _by_length(config: VllmConfig) -> dict[str, str]:
             known = (text, "original_max_position_embeddings"), (text, "max_position_embeddings")
             own = rope.get("original_max_position_embeddings")
             short = own or next((n for n in (getattr(*each, None) for each in known) if n), 0)
-            found["rope"] = f"vllm: {'long' if model.max_model_len > short else 'short'} factors"
+            found["rope"] = f"vllm: for {_longer(model, short)}"
     if str(getattr(text, "model_type", "")).startswith("llama4"):
         tuned = (model.override_generation_config or {}).get("attn_temperature_tuning")
-        found["attn_temperature_tuning"] = f"vllm: {tuned}, {model.max_model_len > LLAMA4_LONG}"
+        found["attn_temperature_tuning"] = f"vllm: {tuned}, {_longer(model, LLAMA4_LONG)}"
     return found
+
+
+def _longer(model: Any, length: int) -> str:
+    """A length that is fitted to the memory is known only after the model was built for all that it can do."""
+    if model.original_max_model_len == AUTO_LENGTH:
+        return "auto"
+    return "long" if model.max_model_len > length else "short"
 
 
 def _ropes(text: Any) -> Iterator[Mapping[str, Any]]:

@@ -66,7 +66,7 @@ class Jobs(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not typed here
     """Of one step.
 
     Attributes:
-        number: of the step, or of the last one that computed something.
+        number: of the step, or of the last one that computed or loaded something.
         renamed: since the last one, none or one; it counts for these jobs.
         computes: whether the step has tokens to compute.
         forgets: what was to be saved before is not wanted any more.

@@ -142,8 +142,12 @@ class Knowledge:
         if lora is None:
             return None
         key = lora.lora_int_id, lora.lora_path
-        if key not in self._adapters or lora.load_inplace:
+        before = self._adapters.get(key)
+        if before is None or lora.load_inplace:
             self._adapters[key] = adapter_id(lora.lora_name, lora.lora_path)
+        if before not in (None, self._adapters[key]):
+            # vLLM's own blocks of the one before have the same name there, and are mixed with what is computed now.
+            self._adapters[key] = uuid4().hex
         return self._adapters[key]
 
 

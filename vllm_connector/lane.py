@@ -66,10 +66,16 @@ class Lane:
         self._get_ready = begin
         self._given: SimpleQueue[Move | None] = SimpleQueue()
         self._begun = 0  # threads
+        self._at_work: list[Move] = []  # what the present thread has, one or none
         self._begin()
 
     def give(self, move: Move) -> None:
         self._given.put(move)
+
+    def hanging(self, seconds: float) -> list[Move]:
+        """What has been at work for longer, though it may be over for all others."""
+        now = time.monotonic()
+        return [move for move in list(self._at_work) if now - move.begun > seconds]
 
     def replace(self) -> None:
         """Begin another thread: the one that hangs does nothing more once it comes back."""
@@ -84,6 +90,7 @@ class Lane:
 
     def _begin(self) -> None:
         self._begun += 1
+        self._at_work = []
         self._thread = Thread(target=self._run, name=self._name, daemon=True)
         self._thread.start()
 
@@ -91,7 +98,10 @@ class Lane:
         self._try(self._get_ready)
         while current_thread() is self._thread and (move := self._given.get()) is not None:
             move.begun = time.monotonic()
+            at_work = self._at_work
+            at_work.append(move)
             self._try(lambda: self._work(move))
+            at_work.remove(move)
 
     def _try(self, what: Callable[[], object]) -> None:
         try:

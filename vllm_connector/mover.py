@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from math import gcd
@@ -24,7 +23,7 @@ from ..storage.base import Limits
 from .groups import Group, form_of
 from .jobs import Done, Job, Renamed, Replaced
 from .lane import Lane, Move
-from .stage import Copies, Stage, span_bytes, spans
+from .stage import Copier, Copies, Stage, span_bytes, spans
 from .statistics import Statistics
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ class Mover:
         pages = [knowledge.standing(part.at, rank).kind.page for part in parts]
         self._half_bytes = max((span_bytes(page.page_bytes) for page in pages), default=0)
         self._stages = local()
-        self._copier = ThreadPoolExecutor(1, "lmcache-copy")
+        self._copier = Copier("lmcache-copy")
         self._step = 0  # the number of the last one
         self._replaced = Replaced(0 if knowledge.lasting else 1, after=0)
         self._named = 0  # of those
@@ -188,7 +187,7 @@ class Mover:
         for lane in (self._loads, self._saves):
             if not lane.close(CLOSE_SECONDS):
                 logger.warning("lmcache: the store does not answer; a thread is left alone")
-        self._copier.shutdown()
+        self._copier.close()
 
     def _give(self, lane: Lane, job: Job, wait: Callable[[], None] | None = None) -> None:
         standings = [self._knowledge.standing(part.at, self._rank) for part in self._parts]
@@ -207,25 +206,21 @@ class Mover:
         return bool(self._copying) or loads
 
     def _leave_what_hangs(self) -> None:
-        if not self._open:
-            return
-        now = time.monotonic()
-        for move, lane in list(self._open.values()):
-            allowed = HANG_SECONDS + (LOAD_SECONDS if lane is self._loads else SAVE_SECONDS)
-            if move.begun and now - move.begun > allowed:
+        for lane, seconds in ((self._loads, LOAD_SECONDS), (self._saves, SAVE_SECONDS)):
+            for move in lane.hanging(seconds + HANG_SECONDS):
                 logger.warning(
                     "lmcache: the store has not answered for %.0f s: what was asked of it is %s",
-                    now - move.begun,
+                    time.monotonic() - move.begun,
                     "computed" if lane is self._loads else "not saved",
                 )
-                if self._give_up(move, lane):
-                    lane.replace()
+                self._give_up(move, lane)  # unless that was done
+                lane.replace()
 
-    def _give_up(self, move: Move, lane: Lane) -> bool:
-        """Whether it was not over already."""
+    def _give_up(self, move: Move, lane: Lane) -> None:
         if lane is self._loads:
-            return self._end_load(move, move.job.tokens[0])
-        return self._end_save(move, stored=False)
+            self._end_load(move, move.job.tokens[0])
+        else:
+            self._end_save(move, stored=False)
 
     # On the lanes' threads.
 
@@ -241,10 +236,10 @@ class Mover:
         finally:
             self._end_load(move, good, time.monotonic() - begun)
 
-    def _end_load(self, move: Move, good: int, seconds: float = 0.0) -> bool:
+    def _end_load(self, move: Move, good: int, seconds: float = 0.0) -> None:
         job = move.job
         if not move.end():
-            return False
+            return
         with self._changed:
             del self._open[id(move)]
             self._loaded.requests.add(job.request)
@@ -261,7 +256,6 @@ class Mover:
                     first = job.tokens[0] // size
                     self._loaded.bad_blocks |= set(blocks[good // size - first :]) - {0}
             self._changed.notify_all()
-        return True
 
     def _load_part(self, part: Part, standing: Standing, move: Move, limits: Limits) -> int:
         """Up to which token a group's blocks hold what they should."""
@@ -312,9 +306,9 @@ class Mover:
         finally:
             self._end_save(move, stored=stored, seconds=time.monotonic() - begun)
 
-    def _end_save(self, move: Move, *, stored: bool, seconds: float = 0.0) -> bool:
+    def _end_save(self, move: Move, *, stored: bool, seconds: float = 0.0) -> None:
         if not move.end():
-            return False
+            return
         number = move.job.number
         with self._changed:
             self._end_copying(move)
@@ -324,7 +318,6 @@ class Mover:
                 self._done.unsaved.add(number)
             self._counted.add(save_seconds=seconds)
             self._changed.notify_all()
-        return True
 
     def _end_copying(self, move: Move) -> None:
         """With the lock."""

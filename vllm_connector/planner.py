@@ -80,6 +80,7 @@ class Planner:
         ranks: workers that each save a part.
         knowledge: says what is stored.
         events: to be told what is stored.
+        ahead: steps that are planned before a step's outcome is told.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class Planner:
         ranks: int,
         knowledge: Knowledge,
         events: StoreEvents,
+        *,
+        ahead: int = 0,
     ) -> None:
         self._skipped_pages = 0  # since the last look
         self._lookups = Lookups()
@@ -107,7 +110,9 @@ class Planner:
         self._renamed: list[Renamed] = []
         self._drops_saves = False
         self._replacements: dict[int, Replaced] = {}
-        self._step = 0  # the number of the last one that computed something
+        self._ahead = ahead
+        self._doubtful = 0  # steps from now on
+        self._step = 0  # the number of the last one that computed or loaded something
         self._reset_at = 0  # the last one before vLLM's cache was empty
         self._is_stale = False  # vLLM's cache has blocks of weights that were replaced
         self._numbers = count(1)
@@ -165,11 +170,16 @@ class Planner:
     def jobs(self, output: SchedulerOutput) -> Jobs:
         """What the workers are to do in this step."""
         computes = output.total_num_scheduled_tokens > 0
-        self._step += computes
+        self._step += computes or bool(self._loads)
         self._lookups.begin_step()
-        # What another connector loads in this very step may fail, and all that is computed from it with it.
-        if not output.has_sync_kv_loads:
+        # What another connector loads in this very step may fail, and all that is computed from it with it; steps that are
+        # planned before that is told, too.
+        if output.has_sync_kv_loads:
+            self._doubtful = 1 + self._ahead
+        if not self._doubtful:
             self._save_filled(output)
+        elif computes:
+            self._doubtful -= 1
         if not computes and not self._loads:
             self._lookups.wait(IDLE_SECONDS)
         jobs = Jobs(
@@ -243,6 +253,7 @@ class Planner:
 
     def drop_saves(self) -> None:
         """What waits to be saved is not wanted any more. What is being written now is there all the same."""
+        self._discard_unsent()
         self._drops_saves = True
 
     @property
@@ -354,7 +365,14 @@ class Planner:
         renamed = Renamed(uuid4().hex, dict(self._replacements))
         self._renamed = [renamed]
         self._knowledge.rename(renamed.weights)
+        self._discard_unsent()
         self.forget()
+
+    def _discard_unsent(self) -> None:
+        """Saves that no worker was given: what they would be stored as is not what it was."""
+        for job in self._saves:
+            self._let_go(self._saving.pop(job.number))
+        self._saves = []
 
     def _job(
         self,

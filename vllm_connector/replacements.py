@@ -70,14 +70,24 @@ def _wrap(kind: type, names: tuple[str, ...], event: str) -> None:
 def _telling(method: Callable[..., Any], event: str) -> Callable[..., Any]:
     @functools.wraps(method)
     def told(*args: Any, **kwargs: Any) -> Any:
-        _tell(event)
+        events = (
+            [event, "replaced"] if event == "sleeps" and _discards(*args, **kwargs) else [event]
+        )
+        for each in events:
+            _tell(each)
         try:
             return method(*args, **kwargs)
         finally:
-            _tell(event)
+            for each in events:
+                _tell(each)
 
     told._lmcache_event = event  # type: ignore[attr-defined]  # by which it is known as wrapped
     return told
+
+
+def _discards(worker: object, level: int = 1) -> bool:
+    """Whether a sleep gives the weights up. Args: as of `WorkerBase.sleep`."""
+    return level > 1
 
 
 def _tell(event: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from contextlib import suppress
 from mmap import MADV_HUGEPAGE, mmap
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Self
 
@@ -43,13 +45,38 @@ class Stage:
         return self._halves[half][: pages * page_bytes].view(pages, page_bytes)
 
 
+class Copier:
+    """A thread that copies, one call after the other. A daemon: one that hangs, on a GPU say, must not keep a process."""
+
+    def __init__(self, name: str) -> None:
+        self._given: SimpleQueue[tuple[Future[object], Callable[[], object]] | None] = SimpleQueue()
+        Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, copy: Callable[[], object]) -> Future[object]:
+        future: Future[object] = Future()
+        self._given.put((future, copy))
+        return future
+
+    def close(self) -> None:
+        """The thread ends when it has done what it was given."""
+        self._given.put(None)
+
+    def _run(self) -> None:
+        while (given := self._given.get()) is not None:
+            future, copy = given
+            try:
+                future.set_result(copy())
+            except Exception as error:  # noqa: BLE001  # raised where the result is asked for
+                future.set_exception(error)
+
+
 class Copies:
     """Copies from the halves of one stage, which another thread does, in turn.
 
     Leaving the block waits for all, and raises what one of them raised.
     """
 
-    def __init__(self, thread: Executor) -> None:
+    def __init__(self, thread: Copier) -> None:
         self._thread = thread
         self._begun: deque[Future[object]] = deque()
         self._next = 0

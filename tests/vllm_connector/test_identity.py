@@ -50,6 +50,7 @@ def config(model: Path | str, **changed: Any) -> Any:
         "quantization_config": None,
         "override_generation_config": {},
         "max_model_len": 4096,
+        "original_max_model_len": None,
         "revision": None,
     }
     cache = {"cache_dtype": "auto", "calculate_kv_scales": False}
@@ -128,6 +129,8 @@ def test_factors_go_by_the_length_they_are_for_alone(model: Path) -> None:
     ]
     assert lengths[0] == lengths[1]
     assert lengths[2] == lengths[3] != lengths[0]
+    fitted = model_identity(config(model, hf_text_config=PHI3, original_max_model_len=-1))
+    assert fitted not in lengths
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,29 @@ def test_saves_that_wait_can_be_dropped(
     assert mover_load_short(mover) == 2 * PAGE, "the second one was never written"
 
 
+def test_a_thread_that_hangs_is_left_behind_also_when_its_save_was_dropped(
+    mover: Mover, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(movers, "SAVE_SECONDS", 0.5)
+    monkeypatch.setattr(movers, "HANG_SECONDS", 0.5)
+    comes_back, put = Event(), chain.put
+    monkeypatch.setattr(chain, "put", lambda *args, **kwargs: [comes_back.wait(30)] * 4)
+    mover.save([job(1, range(1, 9))])
+    done = mover.done()
+    while not done.copied:
+        done = done.aggregate(mover.done())
+    mover.drop_saves()
+    monkeypatch.setattr(chain, "put", put)
+    mover.save([job(2, range(1, 9))])
+    deadline = time.monotonic() + 20
+    while done.saves[2] == 0:
+        assert time.monotonic() < deadline, "nobody saves any more"
+        mover.loaded()  # as vLLM does each step
+        done = done.aggregate(mover.done())
+    assert done.unsaved == {1}
+    comes_back.set()
+
+
 def mover_load_short(mover: Mover) -> int:
     """The first token that a load did not bring."""
     assert until(lambda: _any(mover)).failed == {"r"}

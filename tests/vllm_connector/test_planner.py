@@ -29,10 +29,10 @@ from tests.vllm_connector.conftest import BLOCK, BLOCKS, GROUP, PAGE
 class Engine:
     """What a scheduler of vLLM does of it all: blocks, and steps."""
 
-    def __init__(self, knowledge: Knowledge, *, ranks: int = 1) -> None:
+    def __init__(self, knowledge: Knowledge, *, ranks: int = 1, ahead: int = 0) -> None:
         self.pool = BlockPool(BLOCKS, enable_caching=True, hash_block_size=BLOCK)
         self.events = StoreEvents(wanted=True)
-        self.planner = Planner([GROUP], PAGE, ranks, knowledge, self.events)
+        self.planner = Planner([GROUP], PAGE, ranks, knowledge, self.events, ahead=ahead)
         self.planner.bind(self.pool)
         self.blocks: dict[str, list[Any]] = {}
 
@@ -253,6 +253,64 @@ def test_what_others_load_in_a_step_is_saved_when_that_has_gone_well(
     engine.allocate(request, 112)
     assert engine.step(request, 64, others_load=True).saves == []
     assert [job.tokens for job in engine.step(request, 36).saves] == [(0, 96)]
+
+
+def test_steps_that_are_planned_before_a_load_is_known_to_have_gone_well_save_nothing(
+    make: Callable[..., Engine],
+) -> None:
+    engine = make(ahead=1)
+    request = engine.request("r", 130)
+    engine.allocate(request, 144)
+    found = [
+        [job.tokens for job in engine.step(request, step, others_load=number == 0).saves]
+        for number, step in enumerate((32, 32, 32))
+    ]
+    assert found == [[], [], [(0, 96)]]
+
+
+@pytest.mark.parametrize("how", ["renamed", "dropped"])
+def test_saves_that_no_worker_was_given_are_discarded(
+    make: Callable[..., Engine], how: str
+) -> None:
+    """They would be stored under a name of other weights, or of memory that is gone by then."""
+    engine = make()
+    request = engine.request("r", 100)
+    engine.allocate(request, 112)
+    number = engine.step(request, 64, others_load=True).number
+    engine.step(request, 20, others_load=True)
+    engine.planner._known["r"].ran = 96
+    request.num_computed_tokens = 96
+    engine.finish(request)
+    assert engine.used == 6, "the end of a request has saves to give"
+    if how == "renamed":
+        engine.planner.told(Done(replacements={0: Replaced(1, after=number)}))
+    else:
+        engine.planner.forget()
+        engine.planner.drop_saves()
+    assert engine.used == 0
+    assert not engine.planner.is_busy
+    other = engine.request("other", 16)
+    engine.allocate(other, 16)
+    jobs = engine.step(other, 16)
+    assert (jobs.saves, jobs.forgets) == ([], how == "dropped")
+
+
+def test_a_step_that_only_loads_counts_for_what_a_reset_left(
+    make: Callable[..., Engine], knowledge: Knowledge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what it loaded, of old weights, would pass for what new ones computed."""
+    monkeypatch.setattr(knowledge, "prefix", lambda *args: 3)
+    engine = make()
+    assert engine.pool.reset_prefix_cache()
+    request = engine.request("r", 100)
+    assert engine.planner.matched(request, 0) == 96
+    blocks = engine.allocate(request, 112)
+    engine.planner.allocated(request, [blocks], 96)
+    loads = engine.step(request, 0)
+    assert len(loads.loads) == 1
+    request.num_computed_tokens = 96
+    engine.planner.told(Done(replacements={0: Replaced(1, after=loads.number)}))
+    assert engine.step(request, 4).saves == []
 
 
 def test_the_scheduler_waits_for_lookups_a_moment_a_step_and_not_a_request(

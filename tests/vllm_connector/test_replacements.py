@@ -47,6 +47,20 @@ def test_loads_are_heard_of_before_and_after_and_no_longer_than_who_listens() ->
     assert not replacements._listeners["replaced"]
 
 
+def test_a_sleep_that_gives_weights_up_is_a_replacement() -> None:
+    class Worker:
+        def sleep(self, level: int = 1) -> int:
+            return level
+
+    replacements._wrap(Worker, ("sleep",), "sleeps")
+    listener = Listener()
+    replacements.watch(listener.replaced, listener.sleeps)
+    assert Worker().sleep() == 1
+    assert listener.heard == ["sleeps", "sleeps"]
+    assert Worker().sleep(level=2) == 2
+    assert listener.heard[2:] == ["sleeps", "replaced", "sleeps", "replaced"]
+
+
 def test_who_writes_parameters_by_hand_says_so() -> None:
     listener = Listener()
     replacements.watch(listener.replaced, listener.sleeps)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 
 import pytest
 import torch
 
 from lmcache_sglang.vllm_connector import stage as stages
-from lmcache_sglang.vllm_connector.stage import HALVES, HUGE_PAGE, Copies, Stage, span_bytes, spans
+from lmcache_sglang.vllm_connector.stage import (
+    HALVES,
+    HUGE_PAGE,
+    Copier,
+    Copies,
+    Stage,
+    span_bytes,
+    spans,
+)
 
 
 @pytest.fixture
-def thread() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(1) as executor:
-        yield executor
+def thread() -> Iterator[Copier]:
+    made = Copier("copies")
+    yield made
+    made.close()
 
 
 def test_halves_are_apart_and_lie_on_huge_pages() -> None:
@@ -29,7 +37,7 @@ def test_halves_are_apart_and_lie_on_huge_pages() -> None:
     assert stage.records(1, 2, 500).data_ptr() == halves[1].data_ptr(), "the same memory each time"
 
 
-def test_a_half_is_given_out_again_only_when_it_was_copied_from(thread: ThreadPoolExecutor) -> None:
+def test_a_half_is_given_out_again_only_when_it_was_copied_from(thread: Copier) -> None:
     goes_on, again = Event(), Event()
     with Copies(thread) as copies:
         assert copies.half() == 0
@@ -49,9 +57,9 @@ def test_a_half_is_given_out_again_only_when_it_was_copied_from(thread: ThreadPo
         asked.join()
 
 
-def test_the_end_waits_for_all_copies(thread: ThreadPoolExecutor) -> None:
+def test_the_end_waits_for_all_copies(thread: Copier) -> None:
     goes_on, copied = Event(), list[int]()
-    thread.submit(goes_on.wait, 30)
+    thread.submit(lambda: goes_on.wait(30))
     with Copies(thread) as copies:
         copies.begin(lambda: copied.append(1))
         assert not copied
@@ -59,7 +67,7 @@ def test_the_end_waits_for_all_copies(thread: ThreadPoolExecutor) -> None:
     assert copied == [1]
 
 
-def test_what_a_copy_raises_is_raised(thread: ThreadPoolExecutor) -> None:
+def test_what_a_copy_raises_is_raised(thread: Copier) -> None:
     with pytest.raises(ZeroDivisionError), Copies(thread) as copies:
         copies.begin(lambda: divmod(1, 0))
 
