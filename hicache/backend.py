@@ -60,9 +60,6 @@ logger = logging.getLogger(__name__)
 PROVEN = frozenset({PoolName.KV, PoolName.SWA, PoolName.MAMBA})
 
 
-LOOK_EVERY_SECONDS = 1.0  # for what engines of other topologies store, while pages are missing
-
-
 def _nothing(
     _: LMCacheBackend, __: PoolName, page_hashes: list[str], /, *___: Any, **____: Any
 ) -> list[bool]:
@@ -104,7 +101,6 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
         self._pools: dict[PoolName, StoredPool] = {}
         self._namespaces = Namespaces(chain.directories)
         self._naming = Lock()  # held where a pool's standing changes
-        self._look_again = float("-inf")
         self._apart: dict[bytes, str] = {}  # why pages of others are of no use, as was logged
         self._is_complete = False  # whether SGLang has given all the pools of the model
         self._anchor_is_logical = False  # the KV pool has no memory; other pools hold the KV
@@ -198,15 +194,8 @@ class LMCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang is not typ
             )
 
     def _look_around(self) -> bool:
-        """Take note of what engines of other topologies have begun to store; whether that is anything new.
-
-        Not at each miss: it asks the file system, and a thread that does has to wait for the GIL again.
-        """
-        now = time.monotonic()
-        if now < self._look_again or not self._model.lasting:
-            return False
-        self._look_again = now + LOOK_EVERY_SECONDS
-        if not self._namespaces.refreshed():
+        """Take note of what engines of other topologies have begun to store; whether that is anything new."""
+        if not self._model.lasting or not self._namespaces.news():
             return False
         kinds = self._namespaces.kinds()
         with self._naming:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -141,13 +140,9 @@ def adapter_id(named: str, path: str) -> str:
         path: where the adapter is.
     """
     try:
-        return _with_weights(named, Source(path).fingerprint())
+        return sources.with_weights(named, Source(path).fingerprint())
     except OSError:
         return named
-
-
-def _with_weights(named: str, fingerprint: str) -> str:
-    return hashlib.sha256(f"{named}\0{fingerprint}".encode()).hexdigest()[:32]
 
 
 def _adapters(doubts: list[str]) -> dict[str, str]:
@@ -165,7 +160,7 @@ def _adapters(doubts: list[str]) -> dict[str, str]:
         except OSError as error:
             doubts.append(f"the adapter {adapter.source.path} cannot be looked at ({error})")
             continue
-        if adapter.id != _with_weights(id_of(adapter.name, adapter.source.path), own):
+        if adapter.id != sources.with_weights(id_of(adapter.name, adapter.source.path), own):
             unknown[adapter.id] = own
     listed = " ".join(f"{known}={unknown[known]}" for known in sorted(unknown))
     return {"adapters": listed} if listed else {}

@@ -43,8 +43,7 @@ BATCH_PAGES = 128
 TIDY_SECONDS = 15.0
 # Places where a prefix may end whose windows are read, so that ranks find one that all have: restorable.thinned.
 ENDS, ENDS_SCALE = 4, 16
-LOOK_EVERY_SECONDS = 1.0  # for what engines of other topologies store
-LOOK_SECONDS = 5.0  # that this takes at most, unless the disk hangs
+LOOK_SECONDS = 5.0  # that a look at what others store takes at most, unless the disk hangs
 CLOSE_SECONDS = 5.0  # that a shutdown waits for the batch that is being read
 
 

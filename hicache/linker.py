@@ -17,7 +17,6 @@ process's own memory is damaged; SGLang then aborts the requests of that batch w
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from threading import Lock
@@ -33,7 +32,7 @@ from . import engine, offloading, sources, weights
 from .admission import Pass
 from .device_copiers import on_gpu
 from .device_pools import DevicePool, pool_group, ranks
-from .fetching import LOOK_EVERY_SECONDS, Fetching
+from .fetching import Fetching
 from .landing import Landing
 from .loading import Loading, Part
 from .namespaces import Namespaces
@@ -127,7 +126,6 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
         }
         self._namespaces = Namespaces(self._chain.directories)
         self._naming = Lock()  # held where a pool's standing changes
-        self._look_again = float("-inf")
         self._queued: dict[str, list[Part]] = {}
         self._before = ("", 0)
         self._pass: Pass | None = None
@@ -182,11 +180,7 @@ class LMCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is not 
 
     def _look_around(self) -> None:
         """Take note of what engines of other topologies have begun to store. On the fetching thread."""
-        now = time.monotonic()
-        if now < self._look_again or not self._model.lasting:
-            return
-        self._look_again = now + LOOK_EVERY_SECONDS
-        if not self._namespaces.refreshed():
+        if not self._model.lasting or not self._namespaces.news():
             return
         kinds = self._namespaces.kinds()
         with self._naming:

@@ -26,6 +26,7 @@ from .kind import Kind
 logger = logging.getLogger(__name__)
 
 FOLDER = "namespaces"
+LOOK_EVERY_SECONDS = 1.0  # for news
 _SETTLED_NS = (
     1_000_000_000  # a folder changed more recently may change again within its clock's tick
 )
@@ -53,6 +54,7 @@ class Namespaces:
             Lock()
         )  # a slower reader must not put older records beside a newer sight of the folders
         self._seen: list[int] = []
+        self._look_again = float("-inf")
         self._kinds: dict[bytes, Kind] = {}
 
     def add(self, kind: Kind) -> None:
@@ -85,8 +87,19 @@ class Namespaces:
             self._kinds = kinds
             return changed
 
+    def news(self) -> bool:
+        """As `refreshed`, and false without a look within a second of the last one.
+
+        For what asks at each miss: a look asks the file system, and a thread that does has to wait for the GIL again.
+        """
+        now = time.monotonic()
+        if now < self._look_again:
+            return False
+        self._look_again = now + LOOK_EVERY_SECONDS
+        return self.refreshed()
+
     def kinds(self) -> list[Kind]:
-        """As of the last `refreshed`."""
+        """As of the last `refreshed` or `news`."""
         return list(self._kinds.values())
 
 

@@ -5,6 +5,7 @@ Mostly files, of which a fingerprint can be taken. What comes from elsewhere nob
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,3 +203,8 @@ def _loader_keys(extra: Any) -> dict[str, Any]:
     """Of a setting that SGLang has parsed before this, or will not start with."""
     parsed = json.loads(extra) if isinstance(extra, str) and extra else extra
     return parsed if isinstance(parsed, dict) else {}
+
+
+def with_weights(adapter: str, fingerprint: str) -> str:
+    """An adapter's id that says which weights it has. Args: adapter: an id of its name and path only."""
+    return hashlib.sha256(f"{adapter}\0{fingerprint}".encode()).hexdigest()[:32]

@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from .config import Config
 from .errors import ConfigError, CudaUnavailableError, TierError, UnsupportedEngineError
+from .hicache.form import PageForm
 from .shared_chain import SharedChain
 from .store import require_room
 from .vllm_connector import replacements
@@ -26,14 +27,14 @@ from .vllm_connector.backends import is_packed
 from .vllm_connector.block_memory import (
     BlockMemory,
     ByIndex,
-    ByStrides,
-    InRows,
     OnCuda,
+    by_strides,
     computed_on,
+    in_rows,
 )
 from .vllm_connector.cpu_packing import Packing, packing_of, require_together
 from .vllm_connector.events import StoreEvents
-from .vllm_connector.groups import Group, Topology, form_of, groups_of, page_of
+from .vllm_connector.groups import Group, Topology, groups_of, page_of
 from .vllm_connector.identity import model_identity
 from .vllm_connector.jobs import IDLE_SECONDS, Done, Jobs
 from .vllm_connector.knowledge import Knowledge
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-    from .hicache.form import PageForm
     from .hicache.identity import PageIdentity
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ class LMCacheSGLangConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
             require_room(self._chain, page.page_bytes)
             layers = [kv_caches[name] for name in group.layer_names]
             _require_heads(group, page, layers)
-            memory = self._memory(group, layers, form_of(page))
+            memory = self._memory(group, layers, PageForm.of(page))
             size = layers[0].shape[2]
             parts.append(Part(at, group, memory, size, saves=not group.latent or rank == 0))
         device = layers[0].device
@@ -221,11 +221,11 @@ class LMCacheSGLangConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
                 f"lmcache: blocks on {device.type} are not known; serve without --kv-transfer-config"
             )
         if not packed:
-            return InRows(layers, group.head_dims, form)
+            return in_rows(layers, group.head_dims, form)
         require_together(layers)
         _require_equal_dims(group)
         dtype, size, dim = layers[0].dtype, layers[0].shape[2], group.head_dims[0]
-        return ByStrides(layers, packing_of(dtype, size, dim), form)
+        return by_strides(layers, packing_of(dtype, size, dim), form)
 
     def _on_cuda(self, group: Group, layers: list[torch.Tensor], form: PageForm) -> BlockMemory:
         from .kernels.cuda.copier import CudaCopier

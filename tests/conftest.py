@@ -17,7 +17,10 @@ import pytest
 
 from lmcache_sglang import config as config_module
 from lmcache_sglang.storage.slab.filesystem import mount_of, why_not
+from lmcache_sglang.testing.engine import MEMORY
 from lmcache_sglang.testing.sglang_cpu.config import VARIABLE
+from lmcache_sglang.testing.sglang_cpu.finder import install
+from lmcache_sglang.testing.tiny_model import make_tiny_llama
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -42,7 +45,19 @@ def shared_memory() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-from lmcache_sglang.testing.sglang_cpu.finder import install
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For real engines: a tiny Llama in float32: bfloat16 may flip a token with the batch."""
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "one", seed=1, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Path]:
+    """A folder for the stores and logs of one test file, whose CPU tiers are removed after it."""
+    yield tmp_path_factory.mktemp(Path(str(request.path)).stem)
+    shutil.rmtree(MEMORY, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedEngineError
-from ..hicache.form import PageForm
 from ..hicache.identity import ModelIdentity, PageIdentity, namespace
 from ..hicache.kind import Kind
 
@@ -151,7 +150,3 @@ def page_of(group: Group, topology: Topology, rank: int, page_size: int) -> Page
 
 def kind_of(model: ModelIdentity, page: PageIdentity) -> Kind:
     return Kind(namespace(model, page), model, page)
-
-
-def form_of(page: PageIdentity) -> PageForm:
-    return PageForm.of(page)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import time
 from collections.abc import Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ import msgspec
 
 from ..hicache.lookup import Wanted, look_up
 from ..hicache.namespaces import Namespaces
-from ..hicache.sources import Source
+from ..hicache.sources import Source, with_weights
 from ..hicache.stored_pool import Standing
 from ..hicache.tiling import tiling
 from .groups import Group, Topology, kind_of, page_of
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
     from ..storage.chain import Chain
 
 logger = logging.getLogger(__name__)
-
-LOOK_EVERY_SECONDS = 1.0  # for what engines of other topologies store
 
 
 class Knowledge:
@@ -45,7 +41,6 @@ class Knowledge:
         self._page_size = page_size
         self._chain = chain
         self._namespaces = Namespaces(chain.directories)
-        self._look_again = float("-inf")
         self._adapters: dict[tuple[int, str], str] = {}
         self._lock = Lock()
         self._standings = self._of(model)
@@ -94,11 +89,7 @@ class Knowledge:
 
     def look_around(self) -> bool:
         """Take note of what other engines have begun to store; whether that is anything new."""
-        now = time.monotonic()
-        if now < self._look_again or not self._model.lasting:
-            return False
-        self._look_again = now + LOOK_EVERY_SECONDS
-        if not self._namespaces.refreshed():
+        if not self._model.lasting or not self._namespaces.news():
             return False
         kinds = self._namespaces.kinds()
         with self._lock:
@@ -165,4 +156,4 @@ def adapter_id(name: str, path: str) -> str:
             error,
         )
         return uuid4().hex
-    return hashlib.sha256(f"{named}\0{own}".encode()).hexdigest()[:32]
+    return with_weights(named, own)

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..hicache.assembly import fill_gaps
+from ..hicache.form import PageForm
 from ..kernels.pages import PageSegments
 from ..storage.base import Limits
-from .groups import Group, form_of
+from .block_memory import Pieces
 from .jobs import Done, Job, Renamed, Replaced
 from .lane import Lane, Move
 from .stage import Copier, Copies, Stage, span_bytes, spans
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ..hicache.stored_pool import Standing
     from ..storage.chain import Chain
     from .block_memory import BlockMemory
+    from .groups import Group
     from .knowledge import Knowledge
 
 logger = logging.getLogger(__name__)
@@ -259,7 +261,7 @@ class Mover:
 
     def _load_part(self, part: Part, standing: Standing, move: Move, limits: Limits) -> int:
         """Up to which token a group's blocks hold what they should."""
-        job, form = move.job, form_of(standing.kind.page)
+        job, form = move.job, PageForm.of(standing.kind.page)
         with Copies(self._copier) as copies:
             for pages in spans(_pages_with_blocks(part, job), form.page_bytes):
                 records = self._stage().records(copies.half(), len(pages), form.page_bytes)
@@ -331,7 +333,7 @@ class Mover:
         job, standing = move.job, move.standings[part.at]
         if job.tokens[0] % job.page_size:
             raise ValueError(f"a save begins within a page, at token {job.tokens[0]}")
-        form = form_of(standing.kind.page)
+        form = PageForm.of(standing.kind.page)
         keys = [standing.namespace + each for each in job.hashes]
         there = self._chain.exists(keys)
         wanted = [page for page in _pages_with_blocks(part, job) if not there[page]]
@@ -379,10 +381,10 @@ class Mover:
         blocks = torch.tensor(job.blocks[part.at], dtype=torch.int64)
         chosen = blocks[tokens // size - job.tokens[0] // size]
         kept = chosen != 0
-        block_slots, record_slots = (chosen * size + tokens % size)[kept], record_slots[kept]
+        pieces = Pieces((chosen * size + tokens % size)[kept], record_slots[kept], step)
         copy = part.memory.scatter if load else part.memory.gather
         chosen_records = records[: len(pages)]
-        done = move.copy(lambda: copy(block_slots, record_slots, step, chosen_records))
+        done = move.copy(lambda: copy(pieces, chosen_records))
         if load and done:
             with self._changed:
                 self._counted.add(load_bytes=chosen_records.numel())

@@ -7,7 +7,7 @@ All else, so the primary tier in shared memory and the tiers below, is vLLM's ow
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,18 +32,17 @@ class CopyingWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is not type
         self._done: list[TransferResult] = []
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
-        begun, moved = time.monotonic(), 0
-        for block, slot in self._pairs(src_spec, dst_spec):
-            slot.copy_(block)
-            moved += block.nbytes
-        self._done.append(TransferResult(job_id, True, moved, time.monotonic() - begun))
-        return True
+        return self._copy(job_id, ((b, a) for a, b in self._pairs(src_spec, dst_spec)))
 
     def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        return self._copy(job_id, self._pairs(dst_spec, src_spec))
+
+    def _copy(self, job_id: int, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        """Args: pairs: what is written, and what is read."""
         begun, moved = time.monotonic(), 0
-        for block, slot in self._pairs(dst_spec, src_spec):
-            block.copy_(slot)
-            moved += block.nbytes
+        for target, source in pairs:
+            target.copy_(source)
+            moved += source.nbytes
         self._done.append(TransferResult(job_id, True, moved, time.monotonic() - begun))
         return True
 

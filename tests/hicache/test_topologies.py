@@ -142,7 +142,7 @@ Start = Callable[[Topology], list[Rank]]
 
 @pytest.fixture(autouse=True)
 def always_looking(sglang: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache_sglang.hicache.backend.LOOK_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("lmcache_sglang.hicache.namespaces.LOOK_EVERY_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -369,7 +369,7 @@ def test_pieces_are_looked_for_where_a_page_is_missing_and_no_further(
 def test_others_are_not_looked_for_at_each_miss(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmcache_sglang.hicache.backend.LOOK_EVERY_SECONDS", 3600.0)
+    monkeypatch.setattr("lmcache_sglang.hicache.namespaces.LOOK_EVERY_SECONDS", 3600.0)
     keys = page_hashes(PAGES)
     (one,) = start(Topology(1))
     looked: list[bool] = []
@@ -384,7 +384,7 @@ def test_others_are_not_looked_for_at_each_miss(
         assert one.get(keys) == [False] * PAGES
     assert looked == [True]
     stored_by([one], keys)
-    one.backend._look_again = float("-inf")
+    one.backend._namespaces._look_again = float("-inf")
     assert one.backend.batch_exists(keys) == PAGES
     assert looked == [True]  # nothing is missing: nobody else's pages are of use
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from lmcache_sglang.testing import vllm
-from lmcache_sglang.testing.engine import MEMORY
-from lmcache_sglang.testing.tiny_model import make_tiny_llama
 
 HERE = Path(__file__).parent
 
@@ -26,21 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def installed() -> None:
     if not vllm.PYTHON.exists():
         pytest.fail(f"there is no {vllm.PYTHON}; `make venv-vllm` makes it")
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama in float32: bfloat16 may flip a token with the batch."""
-    return make_tiny_llama(tmp_path_factory.mktemp("models") / "one", seed=1, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Path]:
-    """A folder for the stores and logs of one test file, whose CPU tiers are removed after it."""
-    yield tmp_path_factory.mktemp(Path(str(request.path)).stem)
-    shutil.rmtree(MEMORY, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

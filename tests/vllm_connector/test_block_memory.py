@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from lmcache_sglang.hicache.form import PageForm
-from lmcache_sglang.vllm_connector.block_memory import BlockMemory, ByIndex, ByStrides, InRows
+from lmcache_sglang.vllm_connector.block_memory import (
+    BlockMemory,
+    ByIndex,
+    Pieces,
+    by_strides,
+    in_rows,
+)
 from lmcache_sglang.vllm_connector.cpu_packing import Packing, UnknownPackingError, require_together
 
 LAYERS, HEADS, DIM, BLOCKS = 3, 2, 8, 12
@@ -21,7 +27,7 @@ ORDERS = {  # of [layer, block, head, token, content] in memory: vLLM's v1/kv_ca
     "BLNHC": (1, 0, 3, 2, 4),
     "BHLNC": (1, 2, 0, 3, 4),
 }
-PACKED: dict[str, Callable[..., BlockMemory]] = {"strides": ByStrides, "index": ByIndex}
+PACKED: dict[str, Callable[..., BlockMemory]] = {"strides": by_strides, "index": ByIndex}
 LENGTHS = [(16, 16), (16, 64), (64, 16), (32, 64), (8, 8)]  # of blocks and pages
 
 
@@ -60,17 +66,15 @@ class Tokens:
         return torch.cat([self.k[slots].flatten(), self.v[slots].flatten()]).view(torch.uint8)
 
 
-def pieces(
-    tokens: Tokens, pages: Sequence[Sequence[int]]
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Args: pages: the block of each run of tokens. Returns: block slots, record slots, tokens of a piece."""
+def pieces(tokens: Tokens, pages: Sequence[Sequence[int]]) -> Pieces:
+    """Args: pages: the block of each run of tokens."""
     step = min(tokens.block_size, tokens.page_size)
     blocks, records = [], []
     for page, chosen in enumerate(pages):
         for at, slot in enumerate(chosen):
             blocks.append(slot)
             records.append(page * tokens.page_size + at * step)
-    return torch.tensor(blocks), torch.tensor(records), step
+    return Pieces(torch.tensor(blocks), torch.tensor(records), step)
 
 
 def some_pages(tokens: Tokens, count: int, rng: random.Random) -> list[list[int]]:
@@ -96,7 +100,7 @@ def memories(tokens: Tokens, name: str) -> tuple[BlockMemory, BlockMemory, list[
     empty = tokens.in_rows(ORDERS[name], blank=True)
     dims = [DIM, DIM]
     full = tokens.in_rows(ORDERS[name])
-    return InRows(full, dims, tokens.form), InRows(empty, dims, tokens.form), empty
+    return in_rows(full, dims, tokens.form), in_rows(empty, dims, tokens.form), empty
 
 
 @pytest.mark.parametrize(("block_size", "page_size"), LENGTHS)
@@ -105,19 +109,19 @@ def test_tokens_come_to_their_places_and_back(name: str, block_size: int, page_s
     tokens, rng = Tokens(block_size, page_size), random.Random(f"{name} {block_size} {page_size}")
     full, empty, views = memories(tokens, name)
     pages = some_pages(tokens, 2, rng)
-    at, to, step = pieces(tokens, pages)
+    moved = pieces(tokens, pages)
     records = torch.zeros((2, len(tokens.record(range(page_size)))), dtype=torch.uint8)
-    full.gather(at, to, step, records)
+    full.gather(moved, records)
     for page, record in zip(pages, records, strict=True):
-        slots = [slot + i for slot in page for i in range(step)]
+        slots = [slot + i for slot in page for i in range(moved.tokens)]
         assert torch.equal(record, tokens.record(slots))
-    empty.scatter(at, to, step, records)
+    empty.scatter(moved, records)
     expected = tokens.in_rows(ORDERS["LBHNC"]) if name not in PACKED else tokens.packed()
     written = torch.zeros(BLOCKS * block_size, dtype=torch.bool)
-    for slot in at.tolist():
-        written[slot : slot + step] = True
+    for slot in moved.block_slots.tolist():
+        written[slot : slot + moved.tokens] = True
     again = torch.zeros_like(records)
-    empty.gather(at, to, step, again)
+    empty.gather(moved, again)
     assert torch.equal(again, records)
     if bool(written.all()):
         assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))
@@ -133,7 +137,7 @@ def test_a_part_of_a_page_comes_alone() -> None:
     for name in ("LBNHC", *PACKED):
         _, empty, views = memories(tokens, name)
         record = tokens.record(range(32)).view(1, -1).clone()
-        empty.scatter(torch.tensor([5 * 16]), torch.tensor([16]), 16, record)
+        empty.scatter(Pieces(torch.tensor([5 * 16]), torch.tensor([16]), 16), record)
         assert views[0][5].any()
         assert not any(view[block].any() for view in views for block in range(BLOCKS) if block != 5)
 

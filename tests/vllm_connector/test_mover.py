@@ -13,13 +13,14 @@ import torch
 
 pytest.importorskip("vllm")
 
+from lmcache_sglang.hicache.form import PageForm
 from lmcache_sglang.hicache.page_hashes import page_hashes
 from lmcache_sglang.storage.base import NO_LIMITS
 from lmcache_sglang.storage.chain import Chain
 from lmcache_sglang.vllm_connector import mover as movers
 from lmcache_sglang.vllm_connector import stage
-from lmcache_sglang.vllm_connector.block_memory import InRows
-from lmcache_sglang.vllm_connector.groups import Topology, form_of, page_of
+from lmcache_sglang.vllm_connector.block_memory import in_rows
+from lmcache_sglang.vllm_connector.groups import Topology, page_of
 from lmcache_sglang.vllm_connector.jobs import Job, Renamed, Replaced
 from lmcache_sglang.vllm_connector.knowledge import Knowledge
 from lmcache_sglang.vllm_connector.mover import Mover, Part
@@ -52,8 +53,8 @@ def until(what: Callable[[], Any]) -> Any:
 
 
 def make(knowledge: Knowledge, chain: Chain, layers: list[torch.Tensor]) -> Mover:
-    form = form_of(page_of(GROUP, Topology(1, HEADS), 0, PAGE))
-    part = Part(0, GROUP, InRows(layers, [DIM, DIM], form), BLOCK, saves=True)
+    form = PageForm.of(page_of(GROUP, Topology(1, HEADS), 0, PAGE))
+    part = Part(0, GROUP, in_rows(layers, [DIM, DIM], form), BLOCK, saves=True)
     return Mover([part], 0, knowledge, chain, computed=lambda: lambda: None)
 
 
