@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event
+from threading import Barrier, Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -727,6 +727,7 @@ def test_requests_that_come_and_go_while_pages_land_leave_no_lease(made: list[Be
     """
     test = bench(made, room=5)
     test.store(range(12))
+    together = Barrier(2)  # what the first to be done leaves behind would be all the room
 
     def wait(rid: str) -> None:
         while not test.turn(rid):
@@ -735,6 +736,7 @@ def test_requests_that_come_and_go_while_pages_land_leave_no_lease(made: list[Be
     def serve(number: int) -> int:
         promised = 0
         for turn in range(20):
+            together.wait(SECONDS)
             rid, pages = f"{number} {turn}", 3 + (turn + number) % 9
             for first in (2, 0) if turn % 2 else (0,):
                 test.ask(rid, pages=pages, first=first)
