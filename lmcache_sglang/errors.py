@@ -5,6 +5,7 @@
     ├── UnsupportedEngineError   the engine lacks a seam this package stands on; raised at start
     ├── CudaError                a CUDA call failed: names the call and what the driver said
     │   └── CudaUnavailableError our kernels cannot be built or run here; the engine's own still can
+    ├── TraceError               a trace cannot be read: names the file and the line
     └── TierError                a tier could not do what it was asked, with the reason
 
 A `TierError` never reaches an engine: `storage.chain.Chain` turns it into a miss and counts it by
@@ -39,6 +40,10 @@ class ConfigError(LMCacheError, ValueError):
 
 class UnsupportedEngineError(LMCacheError, RuntimeError):
     """The running engine does not have what this package builds on."""
+
+
+class TraceError(LMCacheError, ValueError):
+    """A file is no trace that can be replayed."""
 
 
 class CudaError(LMCacheError, RuntimeError):

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from ..errors import LMCacheError
-from . import keygen, peers
+from . import keygen, peers, simulate
 
-COMMANDS = (keygen, peers)
+COMMANDS = (keygen, peers, simulate)
 
 EPILOG = """\
 examples:
   lmcache-sglang keygen --out /etc/lmcache/keys     make this node's keys
   lmcache-sglang peers check /etc/lmcache/peers.yaml  explain the peer-sharing file
+  lmcache-sglang simulate trace.jsonl               what a cache would have served of a trace
 
 Each command has a --help of its own. Exit status: 0: done; 1: it cannot be done, and one line on stderr
 says why; 2: wrong arguments.
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="lmcache-sglang",
-        description="A KV-cache store for SGLang: keys and settings of nodes that share pages.",
+        description="A KV-cache store for SGLang and vLLM: nodes that share pages, and caches simulated.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

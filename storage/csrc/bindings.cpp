@@ -7,6 +7,7 @@ namespace nb = nanobind;
 
 void bind_device(nb::module_& m);
 void bind_directory(nb::module_& m);
+void bind_simulation(nb::module_& m);
 void bind_slab(nb::module_& m);
 void bind_wire(nb::module_& m);
 
@@ -19,6 +20,7 @@ NB_MODULE(_native, m) {
       .def("is_set", [](const Cancel& cancel) { return cancel.raised.load(); });
   bind_device(m);
   bind_directory(m);
+  bind_simulation(m);
   bind_slab(m);
   bind_wire(m);
 }

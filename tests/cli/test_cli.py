@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import stat
@@ -17,6 +18,7 @@ from lmcache_sglang.cli import __main__ as command
 from lmcache_sglang.cli.peers import size
 from lmcache_sglang.cli.reaching import Reach, reachable
 from lmcache_sglang.peer_file import PeerFile
+from lmcache_sglang.simulation import POLICIES
 from lmcache_sglang.storage.peers.keys import KeyPair, is_key
 
 HEAVY = {"torch", "numpy", "sglang", "vllm", "lmdb", "asyncio"}
@@ -54,7 +56,9 @@ def test_version() -> None:
     assert run("--version").stdout == f"lmcache-sglang {version('lmcache-sglang')}\n"
 
 
-@pytest.mark.parametrize("words", [[], ["keygen"], ["peers"], ["peers", "check"]], ids=str)
+@pytest.mark.parametrize(
+    "words", [[], ["keygen"], ["peers"], ["peers", "check"], ["simulate"]], ids=str
+)
 def test_help_is_everywhere(words: list[str]) -> None:
     said = run(*words, "--help")
     assert said.returncode == 0
@@ -301,3 +305,60 @@ def test_a_socket_in_the_file_system(tmp_path: Path) -> None:
 )
 def test_sizes_in_human_units(count: int, said: str) -> None:
     assert size(count) == said
+
+
+# --- simulate ---
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """Three chats of two turns, one after the other."""
+    file = tmp_path / "trace.jsonl"
+    turns = [[chat, chat + 1, chat + 2][: 2 + turn] for chat in (0, 10, 20) for turn in (0, 1)]
+    file.write_text("".join(json.dumps({"hash_ids": turn}) + "\n" for turn in turns))
+    return file
+
+
+def test_a_trace_is_simulated(trace: Path) -> None:
+    said = run("simulate", trace, "--blocks", "2,100", "--policy", "lru,belady", "--json")
+    assert said.returncode == 0, said.stderr
+    found = json.loads(said.stdout)
+    assert [(each["policy"], each["blocks"]) for each in found] == [
+        ("lru", 2),
+        ("lru", 100),
+        ("belady", 2),
+        ("belady", 100),
+    ]
+    assert [each["hit_rate"] for each in found] == [6 / 15] * 4
+
+
+def test_and_shown_as_a_table(trace: Path) -> None:
+    said = run("simulate", trace, "--blocks", "100")
+    assert said.returncode == 0, said.stderr
+    assert "6 requests, 15 blocks, 9 different" in said.stdout
+    rows = dict(line.split() for line in said.stdout.splitlines()[2:])
+    assert rows == dict.fromkeys(POLICIES, "0.400") | {"second-touch": "0.000"}
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["--blocks", "0"], 2, "'0' is no number of blocks"),
+        (["--blocks", "many"], 2, "'many' is no number of blocks"),
+        (["--policy", "lru,best"], 2, "'best' is none of default, lru"),
+    ],
+)
+def test_what_cannot_be_simulated_is_said(
+    trace: Path, words: list[str], status: int, says: str
+) -> None:
+    said = run("simulate", trace, *words)
+    assert said.returncode == status
+    assert says in said.stderr
+
+
+def test_a_file_that_is_no_trace_gives_one_line(tmp_path: Path) -> None:
+    for file in (tmp_path / "nothing", tmp_path, Path(__file__)):
+        said = run("simulate", file)
+        assert said.returncode == 1
+        assert said.stderr.count("\n") == 1
+        assert str(file) in said.stderr
