@@ -25,7 +25,7 @@ policies:
   sieve         SIEVE (NSDI '24)
   s3-fifo       S3-FIFO (SOSP '23)
   second-touch  LRU that takes a block when it is used for the second time
-  belady        knows the future: no policy does better
+  belady        knows when each block is used next: hardly any policy can do better
 
 examples:
   lmcache-sglang simulate trace.jsonl
