@@ -32,6 +32,7 @@ TAIL_LINES = 40
 ANSWER_SECONDS = 300.0
 ATTEMPTS = 3  # at a port of our own choice
 PORT_TAKEN = "address already in use"
+_LISTEN = "0A"
 PORTS = range(20_000, 30_000)  # below those that the kernel hands out unasked
 
 
@@ -228,7 +229,7 @@ class SGLangServer:
         on_wait: Callable[[float], None] | None,
     ) -> None:
         begun = time.monotonic()
-        while not self._healthy():
+        while not (self._healthy() and self._listens()):
             waited = time.monotonic() - begun
             if PORT_TAKEN in self.log.lower():  # SGLang's first process stays, and serves nothing
                 raise _PortTaken(str(self._failure("another process took one of its ports")))
@@ -246,6 +247,14 @@ class SGLangServer:
         except (OSError, ServerRefused):  # not listening yet, or listening and still loading
             return False
         return True
+
+    def _listens(self) -> bool:
+        """Whether it was this server that answered; another may have taken the port before it did."""
+        heard = {inode for port, inode in _listening() if port == self.port}
+        ours = any(heard & _sockets(pid) for pid, _ in _members(self.pid))
+        if heard and not ours:
+            raise _PortTaken(str(self._failure(f"another process answers at {self.url}")))
+        return ours
 
     def _await_end(self, timeout: float) -> bool:
         """Whether the group is gone within `timeout`."""
@@ -268,7 +277,7 @@ class SGLangServer:
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port nobody listens on now; another process may still take it before the caller does."""
-    for port in random.sample(PORTS, len(PORTS)):
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):  # Hypothesis seeds the other one
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((host, port))
             return port
@@ -300,10 +309,11 @@ def _group_lives(group: int) -> bool:
 
     Orphans are for process 1 to reap, and in a container that may take long or never happen.
     """
-    return any(state != "Z" for state in _states(group))
+    return any(state != "Z" for _, state in _members(group))
 
 
-def _states(group: int) -> Iterator[str]:
+def _members(group: int) -> Iterator[tuple[int, str]]:
+    """The id and the state of each process of a group."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             text = stat.read_text()
@@ -311,4 +321,23 @@ def _states(group: int) -> Iterator[str]:
             continue
         state, _, process_group = text.rpartition(")")[2].split()[:3]
         if int(process_group) == group:
-            yield state
+            yield int(stat.parent.name), state
+
+
+def _listening() -> Iterator[tuple[int, str]]:
+    """The port and the inode of each TCP socket that listens here (proc(5), /proc/net/tcp)."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:] if Path(table).exists() else ():
+            fields = line.split()
+            if fields[3] == _LISTEN:
+                yield int(fields[1].rpartition(":")[2], 16), fields[9]
+
+
+def _sockets(pid: int) -> set[str]:
+    """The inodes of a process's open sockets; none where it ended."""
+    found = set()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed between the two looks
+                found.add(link.readlink().name.removeprefix("socket:[").removesuffix("]"))
+    return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.server
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from lmcache_sglang.testing.server import ServerFailed, ServerRefused, SGLangSer
 
 # Stands for the interpreter: takes SGLang's command line, serves /health, /generate and an error.
 FAKE_PYTHON = """#!{python}
-import http.server, json, os, signal, subprocess, sys
+import http.server, json, os, signal, socket, subprocess, sys
 mode = os.environ.get("FAKE_MODE", "")
 print("starting with", sys.argv[1:], flush=True)
 if mode == "dies":
@@ -49,6 +51,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 port = int(sys.argv[sys.argv.index("--port") + 1])
+if mode == "late" and socket.socket().connect_ex(("127.0.0.1", port)) == 0:
+    signal.pause()  # another answers there, and this one still imports
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
@@ -65,6 +69,16 @@ class Fake(SGLangServer):
             log_path=folder / "logs" / "server.log",
             python=str(python),
         )
+
+
+class _Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
 
 
 @pytest.fixture
@@ -117,6 +131,18 @@ def test_a_port_that_was_taken_meanwhile_is_changed_for_another(tmp_path: Path) 
     with server:
         assert server.port != first
         assert server.get("/health") == ""
+
+
+def test_another_server_that_answers_at_the_port_is_not_taken_for_ours(tmp_path: Path) -> None:
+    server = Fake(tmp_path, "late")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", server.port), _Healthy) as other:
+        threading.Thread(target=other.serve_forever).start()
+        try:
+            with server:
+                assert server.port != other.server_port
+                assert server.generate("hi", 4)["text"] == "hi"
+        finally:
+            other.shutdown()
 
 
 def test_what_ignores_the_request_to_end_is_killed(tmp_path: Path) -> None:
