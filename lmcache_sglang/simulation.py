@@ -1,7 +1,8 @@
 """Which of a trace's requests a cache would have served, by its size and policy, without an engine.
 
 A trace is JSON, a request a line, as Mooncake's (FAST '25) are: `hash_ids` are the ids of the blocks of a prompt, in their
-order; equal ids mean equal prefixes up to and with that block. Other keys are not read. The caches are native
+order; equal ids mean equal prefixes up to and with that block. `timestamp` is when it came, in milliseconds, and may be left out.
+Other keys are not read. The caches are native
 (storage/csrc/simulation.hpp).
 """
 
@@ -45,8 +46,26 @@ class Simulated:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Of a model on a machine, both for one request at a time.
+
+    Attributes:
+        compute: tokens of a prompt that the engine computes in a second.
+        load: bytes of pages that come back in a second.
+    """
+
+    compute: float
+    load: float
+
+    def saved_seconds(self, block_tokens: int, block_bytes: int) -> float:
+        """By loading a block instead of computing it; negative where computing is faster."""
+        return block_tokens / self.compute - block_bytes / self.load
+
+
 class _Request(msgspec.Struct):
     hash_ids: list[int | str]
+    timestamp: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class Trace:
@@ -56,9 +75,10 @@ class Trace:
         requests: their count.
         blocks: of all of them.
         distinct: different blocks, and so the room of a cache that never gives one up.
+        seconds: from the first request to the last; 0 where the trace does not say when they came.
     """
 
-    def __init__(self, requests: Sequence[Sequence[int | str]]) -> None:
+    def __init__(self, requests: Sequence[Sequence[int | str]], seconds: float = 0.0) -> None:
         numbers: dict[int | str, int] = {}
         blocks, ends = array("I"), array("Q")
         for request in requests:
@@ -67,23 +87,26 @@ class Trace:
         self.requests = len(ends)
         self.blocks = len(blocks)
         self.distinct = len(numbers)
+        self.seconds = seconds
         self._native = _native.SimulatedTrace(blocks.tobytes(), ends.tobytes())
 
     @classmethod
     def read(cls, path: Path) -> Trace:
         """Raises: TraceError: the file, or a line of it, is no trace."""
         decoder = msgspec.json.Decoder(_Request)
-        requests = []
+        requests, times = [], []
         try:
             with path.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        requests.append(_decoded(decoder, line, f"{path}, line {number}"))
+                        request = _decoded(decoder, line, f"{path}, line {number}")
+                        requests.append(request.hash_ids)
+                        times.append(request.timestamp)
         except OSError as error:
             raise TraceError(f"{path} cannot be read: {error.strerror}") from error
         if not any(requests):
             raise TraceError(f"{path} has no request with a block")
-        return cls(requests)
+        return cls(requests, _span(times))
 
     def simulate(self, policy: str, blocks: int) -> Simulated:
         """Replay it. Args: policy: one of `POLICIES`. blocks: that the cache has room for. Raises: ValueError."""
@@ -93,10 +116,16 @@ class Trace:
         return Simulated(policy, blocks, hits / references, hits, references, written, seconds)
 
 
-def _decoded(decoder: msgspec.json.Decoder[_Request], line: bytes, place: str) -> list[int | str]:
+def _span(times: Sequence[float | msgspec.UnsetType]) -> float:
+    """Seconds from the first to the last; 0 where one is not known."""
+    known = [time for time in times if time is not msgspec.UNSET]
+    return (max(known) - min(known)) / 1000 if len(known) == len(times) else 0.0
+
+
+def _decoded(decoder: msgspec.json.Decoder[_Request], line: bytes, place: str) -> _Request:
     """Raises: TraceError."""
     try:
-        return decoder.decode(line).hash_ids
+        return decoder.decode(line)
     except msgspec.DecodeError as error:
         raise TraceError(
             f"{place} is no request: {error}; expected is one JSON object a line with hash_ids"

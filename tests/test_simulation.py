@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -211,3 +212,14 @@ def test_the_public_trace() -> None:
         assert (
             max(rates[policy][at] for policy in SIMPLE) < rates["default"][at] < rates["belady"][at]
         )
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds"), [((500, 0, 4500), 4.5), ((500, None, 4500), 0.0), ((7,), 0.0)]
+)
+def test_how_long_a_trace_took(tmp_path: Path, times: Sequence[int | None], seconds: float) -> None:
+    """Only where each request says when it came; in any order."""
+    requests = [{"hash_ids": [1], **({} if at is None else {"timestamp": at})} for at in times]
+    file = tmp_path / "trace.jsonl"
+    file.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    assert Trace.read(file).seconds == seconds

@@ -14,6 +14,7 @@ from ..storage.peers.advice import advice
 from ..storage.peers.keys import fingerprint
 from ..storage.peers.settings import PeerLimits, PeerSettings
 from .reaching import Reach, reachable
+from .sizes import size
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -81,12 +82,6 @@ def explained(settings: PeerSettings) -> Iterator[str]:
     yield _line("keeps", f"pages of peers: {settings.keep}")
     for each in advice(settings):
         yield _line("note", each)
-
-
-def size(count: int) -> str:
-    """Bytes in the largest unit that they are at least one of."""
-    unit = min(4, int(math.log(count, 1024))) if count else 0
-    return f"{count / 1024**unit:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
 
 def _line(what: str, says: str) -> str:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .sizes import count_of, size
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-    from ..simulation import Simulated
+    from ..simulation import Simulated, Trace
 
 EPILOG = """\
 TRACE has a request a line, as JSON: {"hash_ids": [...]}, the ids of a prompt's blocks in their order, as Mooncake's public
-traces have them. A block is a hit when it and all before it are there.
+traces have them. A block is a hit when it and all before it are there. Hit rates are of the trace and the cache alone; what they
+are worth depends on the model and the machine, and is estimated for those that the options name.
 
 policies:
   default       gives up what is least likely to be of use again, as learned from the trace so far, chains from their end
@@ -30,7 +34,9 @@ policies:
 examples:
   lmcache-sglang simulate trace.jsonl
   lmcache-sglang simulate trace.jsonl --blocks 1000,10000,30000 --policy default,lru --json
+  lmcache-sglang simulate trace.jsonl --block-bytes 64MiB --compute-speed 5000 --load-speed 4GiB
 """
+DAY = 86_400.0  # seconds
 DEFAULT_POLICIES = ("default", "lru", "sieve", "s3-fifo", "second-touch", "belady")
 PARTS = (0.01, 0.03, 0.1, 0.3)  # of a trace's different blocks, where no size is given
 
@@ -57,6 +63,29 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="NAME,...",
         help="what gives way (default: all of them)",
     )
+    parser.add_argument(
+        "--block-bytes",
+        type=count_of,
+        metavar="SIZE",
+        help="of a block in the store, as 64MiB: also say what a disk would be written",
+    )
+    parser.add_argument(
+        "--block-tokens",
+        type=_tokens,
+        default=512,
+        metavar="N",
+        help="in a block (default: 512, as in Mooncake's traces)",
+    )
+    parser.add_argument(
+        "--compute-speed",
+        type=_speed,
+        metavar="N",
+        help="tokens of a prompt that the engine computes in a second; with --load-speed and --block-bytes: "
+        "also estimate by how much the first token comes earlier",
+    )
+    parser.add_argument(
+        "--load-speed", type=count_of, metavar="SIZE", help="that comes from the store in a second"
+    )
     parser.add_argument("--json", action="store_true", help="print a list of objects")
     parser.set_defaults(run=run)
 
@@ -65,6 +94,9 @@ def run(options: argparse.Namespace) -> int:
     """Replay it. Returns the exit status. Raises: TraceError."""
     from ..simulation import Trace
 
+    if says := _lacks(options):
+        print(f"lmcache-sglang simulate: error: {says}", file=sys.stderr)
+        return 2
     trace = Trace.read(options.trace)
     sizes = options.blocks or sorted({max(1, int(trace.distinct * part)) for part in PARTS})
     found: list[Simulated] = []
@@ -73,13 +105,45 @@ def run(options: argparse.Namespace) -> int:
             _say(f"{policy}, {blocks} blocks ({len(found) + 1}/{len(options.policy) * len(sizes)})")
             found.append(trace.simulate(policy, blocks))
     _say("")
+    worths = [_worth(each, trace, options) for each in found]
     if options.json:
-        print(json.dumps([each.as_json() for each in found], indent=1))
+        print(
+            json.dumps(
+                [each.as_json() | worth for each, worth in zip(found, worths, strict=True)],
+                indent=1,
+            )
+        )
         return 0
     print(f"{trace.requests:,} requests, {trace.blocks:,} blocks, {trace.distinct:,} different")
-    for line in _table(found, sizes):
+    for line in _tables(found, worths, sizes):
         print(line)
     return 0
+
+
+def _lacks(options: argparse.Namespace) -> str:
+    """What is missing for the estimate that is asked for; empty: nothing."""
+    needed = ("block_bytes", "compute_speed", "load_speed")
+    missing = [name for name in needed if getattr(options, name) is None]
+    if options.compute_speed is options.load_speed is None or not missing:
+        return ""
+    flags = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
+    return f"to estimate when the first token comes, {flags} must be given too"
+
+
+def _worth(found: Simulated, trace: Trace, options: argparse.Namespace) -> dict[str, float]:
+    """Figures beyond the simulation's, of the model and the machine that the options describe, by their names in the JSON."""
+    from ..simulation import Speeds
+
+    worth: dict[str, float] = {}
+    if options.block_bytes:
+        worth["written_bytes"] = found.written_blocks * options.block_bytes
+        if trace.seconds:
+            worth["written_bytes_a_day"] = worth["written_bytes"] / trace.seconds * DAY
+    if options.compute_speed:
+        speeds = Speeds(options.compute_speed, options.load_speed)
+        saved = speeds.saved_seconds(options.block_tokens, options.block_bytes)
+        worth["ttft_saved_seconds"] = found.hit_blocks * saved / trace.requests
+    return worth
 
 
 def _say(what: str) -> None:
@@ -88,13 +152,32 @@ def _say(what: str) -> None:
         print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
 
 
-def _table(found: Sequence[Simulated], sizes: Sequence[int]) -> Iterator[str]:
-    """Hit rates: a row a policy, a column a size."""
+def _tables(
+    found: Sequence[Simulated], worths: Sequence[Mapping[str, float]], sizes: Sequence[int]
+) -> Iterator[str]:
+    """A table a figure."""
+    yield from _table("hit rate", found, [f"{each.hit_rate:.3f}" for each in found], sizes)
+    if "written_bytes_a_day" in worths[0]:
+        cells = [size(int(worth["written_bytes_a_day"])) for worth in worths]
+        yield from _table("written a day", found, cells, sizes)
+    elif "written_bytes" in worths[0]:
+        cells = [size(int(worth["written_bytes"])) for worth in worths]
+        yield from _table("written", found, cells, sizes)
+    if "ttft_saved_seconds" in worths[0]:
+        cells = [f"{worth['ttft_saved_seconds']:.3f} s" for worth in worths]
+        yield from _table("first token earlier by, on average", found, cells, sizes)
+
+
+def _table(
+    title: str, found: Sequence[Simulated], cells: Sequence[str], sizes: Sequence[int]
+) -> Iterator[str]:
+    """A row a policy, a column a size."""
     width = max(len(each.policy) for each in found)
-    yield " ".join([f"{'hit rate':<{width}}", *(f"{size:>12,}" for size in sizes)])
+    yield f"{title}:"
+    yield " ".join([f"{'blocks':<{width}}", *(f"{blocks:>12,}" for blocks in sizes)])
     for policy in dict.fromkeys(each.policy for each in found):
-        rates = [each.hit_rate for each in found if each.policy == policy]
-        yield " ".join([f"{policy:<{width}}", *(f"{rate:>12.3f}" for rate in rates)])
+        its = [cell for each, cell in zip(found, cells, strict=True) if each.policy == policy]
+        yield " ".join([f"{policy:<{width}}", *(f"{cell:>12}" for cell in its)])
 
 
 def _sizes(text: str) -> list[int]:
@@ -113,3 +196,15 @@ def _policies(text: str) -> list[str]:
         known = ", ".join(DEFAULT_POLICIES)
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {known}")
     return names
+
+
+def _tokens(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens")
+    return int(text)
+
+
+def _speed(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,12}(?:\.[0-9]+)?", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens a second")
+    return float(text)

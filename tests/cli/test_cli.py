@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import socket
@@ -15,8 +16,8 @@ import pytest
 import yaml
 
 from lmcache_sglang.cli import __main__ as command
-from lmcache_sglang.cli.peers import size
 from lmcache_sglang.cli.reaching import Reach, reachable
+from lmcache_sglang.cli.sizes import count_of, size
 from lmcache_sglang.peer_file import PeerFile
 from lmcache_sglang.simulation import POLICIES
 from lmcache_sglang.storage.peers.keys import KeyPair, is_key
@@ -76,6 +77,7 @@ def test_help_is_everywhere(words: list[str]) -> None:
         ["peers", "check"],
         ["peers", "check", "--seconds", "nan", "x"],
         ["peers", "check", "--seconds", "0", "x"],
+        ["peers", "check", "--seconds", "soon", "x"],
         ["keygen", "--name", "a/b"],
         ["keygen", "--name", ""],
         ["keygen", "more"],
@@ -307,6 +309,22 @@ def test_sizes_in_human_units(count: int, said: str) -> None:
     assert size(count) == said
 
 
+@pytest.mark.parametrize(
+    ("said", "count"),
+    [("1", 1), ("512", 512), ("1.5KiB", 1536), ("64 MiB", 64 << 20), ("2TiB", 2 << 40)],
+)
+def test_and_read_again(said: str, count: int) -> None:
+    assert count_of(said) == count
+
+
+@pytest.mark.parametrize(
+    "said", ["", "0", "0.1", "-1", "64MB", "1e9", "9" * 400, "MiB", "8388608TiB"]
+)
+def test_what_is_no_size_is_refused(said: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+        count_of(said)
+
+
 # --- simulate ---
 
 
@@ -336,13 +354,64 @@ def test_and_shown_as_a_table(trace: Path) -> None:
     said = run("simulate", trace, "--blocks", "100")
     assert said.returncode == 0, said.stderr
     assert "6 requests, 15 blocks, 9 different" in said.stdout
-    rows = dict(line.split() for line in said.stdout.splitlines()[2:])
+    assert said.stdout.splitlines()[1] == "hit rate:"
+    rows = dict(line.split() for line in said.stdout.splitlines()[3:])
     assert rows == dict.fromkeys(POLICIES, "0.400") | {"second-touch": "0.000"}
+
+
+MODEL = ("--block-bytes", "1MiB", "--block-tokens", "64")
+SPEEDS = ("--compute-speed", "1000", "--load-speed", "64MiB")
+
+
+@pytest.fixture
+def timed(tmp_path: Path) -> Path:
+    """Four requests in 3 s, two blocks each, the second half as the first."""
+    file = tmp_path / "timed.jsonl"
+    requests = [{"timestamp": 1000 * at, "hash_ids": [at % 2, 2 + at % 2]} for at in range(4)]
+    file.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    return file
+
+
+def test_writes_and_time_saved_are_estimated(timed: Path) -> None:
+    said = run("simulate", timed, "--blocks", "2,4", "--policy", "lru", *MODEL, *SPEEDS, "--json")
+    assert said.returncode == 0, said.stderr
+    narrow, wide = json.loads(said.stdout)
+    assert (narrow["hit_blocks"], narrow["written_blocks"]) == (0, 8)
+    assert (wide["hit_blocks"], wide["written_blocks"]) == (4, 4)
+    assert narrow["written_bytes"] == 8 << 20
+    assert wide["written_bytes_a_day"] == pytest.approx((4 << 20) / 3 * 86_400)
+    assert narrow["ttft_saved_seconds"] == 0
+    # One block of 64 tokens takes 64 ms to compute and 1/64 s to load; a request hits one.
+    assert wide["ttft_saved_seconds"] == pytest.approx(0.064 - 1 / 64)
+
+
+def test_estimates_are_tables_of_their_own(timed: Path) -> None:
+    said = run("simulate", timed, "--blocks", "4", "--policy", "lru", *MODEL, *SPEEDS)
+    assert said.returncode == 0, said.stderr
+    lines = said.stdout.splitlines()
+    assert lines[lines.index("written a day:") + 2].split() == ["lru", "112.5", "GiB"]
+    assert lines[lines.index("first token earlier by, on average:") + 2].split()[1] == "0.048"
+
+
+def test_writes_of_a_trace_without_times_are_told_in_all(trace: Path) -> None:
+    words = ("simulate", trace, "--blocks", "100", "--policy", "lru", *MODEL)
+    (found,) = json.loads(run(*words, "--json").stdout)
+    assert found["written_bytes"] == 9 << 20
+    assert not {"written_bytes_a_day", "ttft_saved_seconds"} & set(found)
+    lines = run(*words).stdout.splitlines()
+    assert lines[lines.index("written:") + 2].split() == ["lru", "9", "MiB"]
 
 
 @pytest.mark.parametrize(
     ("words", "status", "says"),
     [
+        (["--block-bytes", "1MB"], 2, "'1MB' is no size, as 64MiB is one"),
+        (["--block-tokens", "0"], 2, "'0' is no number of tokens"),
+        (["--compute-speed", "nan"], 2, "'nan' is no number of tokens a second"),
+        (["--compute-speed", "0"], 2, "'0' is no number of tokens a second"),
+        (SPEEDS, 2, "--block-bytes must be given too"),
+        (["--load-speed", "1GiB"], 2, "--block-bytes and --compute-speed must be given too"),
+        ([*MODEL, *SPEEDS[:2]], 2, "--load-speed must be given too"),
         (["--blocks", "0"], 2, "'0' is no number of blocks"),
         (["--blocks", "many"], 2, "'many' is no number of blocks"),
         (["--policy", "lru,best"], 2, "'best' is none of default, lru"),
