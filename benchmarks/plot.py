@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 # Not a dependency of this project: it is in its own environment (benchmarks/requirements.txt).
-import matplotlib  # type: ignore[import-not-found]
+import matplotlib
 
 from benchmarks.report import MEDIA, SMALL_CELL, TITLES, size_name
 from benchmarks.results import Results, Spread
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # type: ignore[import-not-found]
+import matplotlib.pyplot as plt
 
 COLUMNS = {"dram": ("put", "get", "exists"), "nvme": ("durable put", "get", "exists")}
 OURS, LIMIT = "#c1272d", "#444444"

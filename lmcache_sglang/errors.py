@@ -6,6 +6,7 @@
     ├── CudaError                a CUDA call failed: names the call and what the driver said
     │   └── CudaUnavailableError our kernels cannot be built or run here; the engine's own still can
     ├── TraceError               a trace cannot be read: names the file and the line
+    ├── PictureError             a picture cannot be drawn: says what is missing
     └── TierError                a tier could not do what it was asked, with the reason
 
 A `TierError` never reaches an engine: `storage.chain.Chain` turns it into a miss and counts it by
@@ -44,6 +45,10 @@ class UnsupportedEngineError(LMCacheError, RuntimeError):
 
 class TraceError(LMCacheError, ValueError):
     """A file is no trace that can be replayed."""
+
+
+class PictureError(LMCacheError, RuntimeError):
+    """A picture cannot be drawn, or not be written."""
 
 
 class CudaError(LMCacheError, RuntimeError):

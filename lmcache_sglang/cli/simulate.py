@@ -6,7 +6,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,11 +35,22 @@ policies:
 examples:
   lmcache-sglang simulate trace.jsonl
   lmcache-sglang simulate trace.jsonl --blocks 1000,10000,30000 --policy default,lru --json
-  lmcache-sglang simulate trace.jsonl --block-bytes 64MiB --compute-speed 5000 --load-speed 4GiB
+  lmcache-sglang simulate trace.jsonl --plot trace.png \\
+      --block-bytes 64MiB --compute-speed 5000 --load-speed 4GiB
 """
+PICTURES = (".png", ".svg", ".pdf")
 DAY = 86_400.0  # seconds
 DEFAULT_POLICIES = ("default", "lru", "sieve", "s3-fifo", "second-touch", "belady")
 PARTS = (0.01, 0.03, 0.1, 0.3)  # of a trace's different blocks, where no size is given
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One of what a simulation found. `values`: for each policy and size. `said`: how a value is written."""
+
+    title: str
+    values: Sequence[float]
+    said: Callable[[float], str]
 
 
 def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -86,17 +98,25 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--load-speed", type=count_of, metavar="SIZE", help="that comes from the store in a second"
     )
+    parser.add_argument(
+        "--plot",
+        type=_picture,
+        metavar="FILE",
+        help="draw them as well, as .png, .svg or .pdf; needs matplotlib: pip install 'lmcache-sglang[plot]'",
+    )
     parser.add_argument("--json", action="store_true", help="print a list of objects")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Replay it. Returns the exit status. Raises: TraceError."""
+    """Replay it. Returns the exit status. Raises: TraceError, PictureError."""
     from ..simulation import Trace
 
     if says := _lacks(options):
         print(f"lmcache-sglang simulate: error: {says}", file=sys.stderr)
         return 2
+    if options.plot:  # before the work, which would be lost without it
+        from .simulation_plot import draw
     trace = Trace.read(options.trace)
     sizes = options.blocks or sorted({max(1, int(trace.distinct * part)) for part in PARTS})
     found: list[Simulated] = []
@@ -106,17 +126,17 @@ def run(options: argparse.Namespace) -> int:
             found.append(trace.simulate(policy, blocks))
     _say("")
     worths = [_worth(each, trace, options) for each in found]
+    figures = list(_figures(found, worths))
+    if options.plot:
+        draw(figures, found, options.plot)
     if options.json:
-        print(
-            json.dumps(
-                [each.as_json() | worth for each, worth in zip(found, worths, strict=True)],
-                indent=1,
-            )
-        )
+        listed = [each.as_json() | worth for each, worth in zip(found, worths, strict=True)]
+        print(json.dumps(listed, indent=1))
         return 0
     print(f"{trace.requests:,} requests, {trace.blocks:,} blocks, {trace.distinct:,} different")
-    for line in _tables(found, worths, sizes):
-        print(line)
+    for figure in figures:
+        for line in _table(figure, found, sizes):
+            print(line)
     return 0
 
 
@@ -152,32 +172,37 @@ def _say(what: str) -> None:
         print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
 
 
-def _tables(
-    found: Sequence[Simulated], worths: Sequence[Mapping[str, float]], sizes: Sequence[int]
-) -> Iterator[str]:
-    """A table a figure."""
-    yield from _table("hit rate", found, [f"{each.hit_rate:.3f}" for each in found], sizes)
-    if "written_bytes_a_day" in worths[0]:
-        cells = [size(int(worth["written_bytes_a_day"])) for worth in worths]
-        yield from _table("written a day", found, cells, sizes)
-    elif "written_bytes" in worths[0]:
-        cells = [size(int(worth["written_bytes"])) for worth in worths]
-        yield from _table("written", found, cells, sizes)
-    if "ttft_saved_seconds" in worths[0]:
-        cells = [f"{worth['ttft_saved_seconds']:.3f} s" for worth in worths]
-        yield from _table("first token earlier by, on average", found, cells, sizes)
+def _figures(found: Sequence[Simulated], worths: Sequence[Mapping[str, float]]) -> Iterator[Figure]:
+    """What is shown, a table or a panel each."""
+    yield Figure("hit rate", [each.hit_rate for each in found], "{:.3f}".format)
+    known = worths[0].keys()  # all know the same
+    written = "written_bytes_a_day" if "written_bytes_a_day" in known else "written_bytes"
+    if written in known:
+        title = "written a day" if written.endswith("day") else "written"
+        yield Figure(
+            title, [worth[written] for worth in worths], lambda count: size(max(0, int(count)))
+        )
+    if "ttft_saved_seconds" in known:
+        saved = [worth["ttft_saved_seconds"] for worth in worths]
+        yield Figure("first token earlier by, on average", saved, "{:.3f} s".format)
 
 
-def _table(
-    title: str, found: Sequence[Simulated], cells: Sequence[str], sizes: Sequence[int]
-) -> Iterator[str]:
+def _table(figure: Figure, found: Sequence[Simulated], sizes: Sequence[int]) -> Iterator[str]:
     """A row a policy, a column a size."""
     width = max(len(each.policy) for each in found)
-    yield f"{title}:"
+    yield f"{figure.title}:"
     yield " ".join([f"{'blocks':<{width}}", *(f"{blocks:>12,}" for blocks in sizes)])
     for policy in dict.fromkeys(each.policy for each in found):
-        its = [cell for each, cell in zip(found, cells, strict=True) if each.policy == policy]
-        yield " ".join([f"{policy:<{width}}", *(f"{cell:>12}" for cell in its)])
+        values = zip(found, figure.values, strict=True)
+        cells = [figure.said(value) for each, value in values if each.policy == policy]
+        yield " ".join([f"{policy:<{width}}", *(f"{cell:>12}" for cell in cells)])
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end with {' or '.join(PICTURES)}")
+    return path
 
 
 def _sizes(text: str) -> list[int]:

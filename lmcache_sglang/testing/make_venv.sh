@@ -86,7 +86,7 @@ tools=(scikit-build-core nanobind)
 command -v cmake >/dev/null || tools+=(cmake)
 install "${tools[@]}" "pytest>=8" "hypothesis>=6.100"
 # A build folder of its own: several environments may share the checkout.
-PATH=$venv/bin:$PATH install --no-build-isolation -C build-dir="$venv/build" -e "$root"
+PATH=$venv/bin:$PATH install --no-build-isolation -C build-dir="$venv/build" -e "$root[plot]"
 
 case $engine in
 sglang)

@@ -431,3 +431,62 @@ def test_a_file_that_is_no_trace_gives_one_line(tmp_path: Path) -> None:
         assert said.returncode == 1
         assert said.stderr.count("\n") == 1
         assert str(file) in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")]
+)
+def test_a_simulation_is_drawn(timed: Path, tmp_path: Path, suffix: str, begins: bytes) -> None:
+    picture = tmp_path / f"picture{suffix}"
+    said = run("simulate", timed, "--blocks", "2,4", *MODEL, *SPEEDS, "--plot", picture)
+    assert said.returncode == 0, said.stderr
+    assert "hit rate:" in said.stdout
+    assert picture.read_bytes().startswith(begins)
+
+
+def test_the_picture_has_a_line_a_policy_and_a_panel_a_figure(timed: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.svg"
+    words = ("simulate", timed, "--blocks", "2,4", "--policy", "default,lru", "--plot", picture)
+    assert run(*words, "--json").returncode == 0
+    assert drawn(picture) == {"hit rate", "default", "lru", "2", "4"}
+    assert run(*words, *MODEL, *SPEEDS).returncode == 0
+    more = {"written a day", "first token earlier by, on average"}
+    assert drawn(picture) == {"hit rate", "default", "lru", "2", "4"} | more
+
+
+def test_what_is_nothing_is_drawn_as_well(tmp_path: Path) -> None:
+    file, picture = tmp_path / "trace.jsonl", tmp_path / "picture.png"
+    file.write_text('{"hash_ids": [1], "timestamp": 0}\n{"hash_ids": [2], "timestamp": 9}\n')
+    words = ("--policy", "belady", "--blocks", "1", *MODEL, *SPEEDS, "--plot", picture)
+    said = run("simulate", file, *words)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert picture.exists()
+
+
+def drawn(picture: Path) -> set[str]:
+    """What of interest is written in an SVG; matplotlib draws letters, and comments each text."""
+    words = {"hit rate", "written a day", "first token earlier by, on average", *POLICIES, "2", "4"}
+    return words & set(re.findall(r"<!-- (.+?) -->", picture.read_text()))
+
+
+def test_a_picture_that_cannot_be_drawn_gives_one_line(timed: Path, tmp_path: Path) -> None:
+    said = run("simulate", timed, "--blocks", "2", "--plot", tmp_path / "nowhere" / "picture.png")
+    assert said.returncode == 1
+    assert (
+        said.stderr
+        == f"{tmp_path}/nowhere/picture.png cannot be written: No such file or directory\n"
+    )
+    said = run("simulate", timed, "--blocks", "2", "--plot", "picture.bmp")
+    assert said.returncode == 2
+    assert "'picture.bmp' does not end with .png or .svg or .pdf" in said.stderr
+
+
+def test_without_matplotlib_the_way_to_it_is_said(
+    timed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("lmcache_sglang.cli.simulation_plot", "matplotlib.figure"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delattr("lmcache_sglang.cli.simulation_plot", raising=False)
+    assert command.main(["simulate", str(timed), "--blocks", "2", "--plot", "x.png"]) == 1
+    assert "pip install 'lmcache-sglang[plot]'" in capsys.readouterr().err
