@@ -459,7 +459,7 @@ def test_what_is_nothing_is_drawn_as_well(tmp_path: Path) -> None:
     file.write_text('{"hash_ids": [1], "timestamp": 0}\n{"hash_ids": [2], "timestamp": 9}\n')
     words = ("--policy", "belady", "--blocks", "1", *MODEL, *SPEEDS, "--plot", picture)
     said = run("simulate", file, *words)
-    assert (said.returncode, said.stderr) == (0, "")
+    assert said.returncode == 0, said.stderr
     assert picture.exists()
 
 
@@ -472,10 +472,11 @@ def drawn(picture: Path) -> set[str]:
 def test_a_picture_that_cannot_be_drawn_gives_one_line(timed: Path, tmp_path: Path) -> None:
     said = run("simulate", timed, "--blocks", "2", "--plot", tmp_path / "nowhere" / "picture.png")
     assert said.returncode == 1
-    assert (
-        said.stderr
-        == f"{tmp_path}/nowhere/picture.png cannot be written: No such file or directory\n"
+    # Before it, matplotlib may have told of a cache of its own.
+    assert said.stderr.splitlines()[-1] == (
+        f"{tmp_path}/nowhere/picture.png cannot be written: No such file or directory"
     )
+    assert "Traceback" not in said.stderr
     said = run("simulate", timed, "--blocks", "2", "--plot", "picture.bmp")
     assert said.returncode == 2
     assert "'picture.bmp' does not end with .png or .svg or .pdf" in said.stderr
