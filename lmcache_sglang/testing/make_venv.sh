@@ -76,6 +76,7 @@ new_enough "$python" || {
     exit 1
 }
 [ -x "$venv/bin/python" ] || quietly "$python" -m venv "$venv"
+install "pip>=23.1" # the first with -C; Debian 12's is older
 
 step 2 "$what"
 install -r "$requirements"
