@@ -127,16 +127,15 @@ def run(options: argparse.Namespace) -> int:
     _say("")
     worths = [_worth(each, trace, options) for each in found]
     figures = list(_figures(found, worths))
-    if options.plot:
-        draw(figures, found, options.plot)
     if options.json:
         listed = [each.as_json() | worth for each, worth in zip(found, worths, strict=True)]
         print(json.dumps(listed, indent=1))
-        return 0
-    print(f"{trace.requests:,} requests, {trace.blocks:,} blocks, {trace.distinct:,} different")
-    for figure in figures:
-        for line in _table(figure, found, sizes):
-            print(line)
+    else:
+        print(f"{trace.requests:,} requests, {trace.blocks:,} blocks, {trace.distinct:,} different")
+        for figure in figures:
+            print(*_table(figure, found, sizes), sep="\n")
+    if options.plot:  # last: where it cannot be written, the figures were said
+        draw(figures, found, options.plot)
     return 0
 
 

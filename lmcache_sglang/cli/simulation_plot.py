@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .simulate import Figure
 
 WIDTH, HEIGHT = 6.0, 4.2  # inches of a panel
-STYLES: dict[str, dict[str, Any]] = {  # colours that are told apart without red and green
+STYLES: dict[str, dict[str, Any]] = {  # mostly Okabe and Ito's colours
     "default": {"color": "#c1272d", "linewidth": 2.5, "zorder": 3},
     "belady": {"color": "#444444", "linestyle": "--"},
     "lru": {"color": "#0072b2"},

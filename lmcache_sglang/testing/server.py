@@ -251,7 +251,7 @@ class SGLangServer:
     def _listens(self) -> bool:
         """Whether it was this server that answered; another may have taken the port before it did."""
         heard = {inode for port, inode in _listening() if port == self.port}
-        ours = any(heard & _sockets(pid) for pid, _ in _members(self.pid))
+        ours = any(heard & _sockets(pid) for pid, state in _members(self.pid) if state != "Z")
         if heard and not ours:
             raise _PortTaken(str(self._failure(f"another process answers at {self.url}")))
         return ours
@@ -336,7 +336,8 @@ def _listening() -> Iterator[tuple[int, str]]:
 def _sockets(pid: int) -> set[str]:
     """The inodes of a process's open sockets; none where it ended."""
     found = set()
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    # Of one that waits to be reaped only root may look.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         for link in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # closed between the two looks
                 found.add(link.readlink().name.removeprefix("socket:[").removesuffix("]"))
